@@ -1,0 +1,35 @@
+"""Errors a user can cause: one block that says what, where and what to do, and an exit code."""
+
+
+class UserError(Exception):
+    """A fault with its place and its cure; scripts print it as one block, without a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", fix: str = ""):
+        super().__init__(what)
+        self.what, self.where, self.fix = what, where, fix
+
+    def __str__(self) -> str:
+        lines = [f"error: {self.what}"]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.fix:
+            lines.append(f"  fix:   {self.fix}")
+        return "\n".join(lines)
+
+
+class ConfigError(UserError):
+    """A flag, a YAML key or a combination of them that cannot be run."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Data that cannot be trained on: missing, empty, mislabelled."""
+
+
+class Diverged(UserError):
+    """A loss or gradient that is not finite."""
+
+    exit_code = 3

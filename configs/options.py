@@ -1,0 +1,208 @@
+"""Every option of a run: a field here is a flag of `scripts/train.py`, a key in YAML and `config.<name>` in code."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from configs.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    dataset: str = "digits"
+    """`digits` (embedded), or a Hugging Face dataset: a local folder or a hub id."""
+    train_data_dir: str | None = None
+    """Image folder with one subfolder a class (`cat/1.png`); used instead of `--dataset`."""
+    val_data_dir: str | None = None
+    """Image folder for validation; without it a part of the training folder is held out."""
+    test_data_dir: str | None = None
+    """Image folder that only `scripts/test.py` opens."""
+    image_column: str | None = None
+    """Image column of a Hugging Face dataset; default: the first of type Image."""
+    label_column: str | None = None
+    """Label column of a Hugging Face dataset; default: the first of type ClassLabel."""
+    split: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Shares of train, validation and test where the data come unsplit; they sum to 1."""
+    split_seed: int = 0
+    """Seed of the split alone, so that runs with other seeds share their test set."""
+    image_size: int | None = None
+    """Side of the square the model sees, in pixels; default: the dataset's own, at most 224."""
+    channels: Literal[1, 3] | None = None
+    """1 for grey, 3 for colour; default: from the dataset table or the first image."""
+    augment: Literal["none", "default", "autoaugment", "randaugment", "trivialaugment"] = "default"
+    """`default`: random crop, and flip where the dataset allows it; the others add their policy to it."""
+    random_erasing: float = 0.0
+    """Probability of erasing a random rectangle of a training image."""
+    mixup: float = 0.0
+    """MixUp's Beta parameter; 0 is off (https://arxiv.org/abs/1710.09412)."""
+    cutmix: float = 0.0
+    """CutMix's Beta parameter; 0 is off; with both on, each pair draws one of the two (https://arxiv.org/abs/1905.04899)."""
+    mix_off_epoch: int | None = None
+    """From this epoch on (counted from 0) MixUp and CutMix are off."""
+    num_workers: int | None = None
+    """Loader processes; default: 0 for data in memory, else the cores less one, at most 8. Changes no pixel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    task: str = "classification"
+    """What is learnt: a name from the table in `scripts/wiring.py`."""
+    model: str = "simple_cnn"
+    """`simple_cnn`, or any torchvision classifier: resnet18, resnet50, efficientnet_b0, vit_b_16, ..."""
+    weights: str | None = None
+    """Weights to begin with: a run, a checkpoint, a `best/` folder, a .safetensors or .pth file, a hub id."""
+    dropout: float | None = None
+    """Dropout before the classifier; default: the model's own."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    channels_last: bool = False
+    """Store image tensors with the channels last: faster on recent GPUs."""
+    ema_decay: float = 0.0
+    """Decay of the exponential moving average of the weights, 0.999 for example; 0 is off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimOptions:
+    epochs: int = 15
+    """Passes over the training data."""
+    max_steps: int | None = None
+    """Train for exactly this many optimizer steps, whatever `--epochs` says."""
+    batch_size: int = 32
+    """GLOBAL batch size: samples in one optimizer step, over all processes."""
+    micro_batch_size: int = 64
+    """Samples a process computes at once; a larger batch is accumulated from several."""
+    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
+    """sgd has Nesterov momentum; muon takes the weight matrices, adamw the rest."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Momentum of sgd and muon."""
+    weight_decay: float = 0.05
+    """Weight decay; biases and norms are left out."""
+    grad_clip: float | None = None
+    """Largest global gradient norm; the bare flag means 1.0."""
+    scheduler: Literal["cosine", "step", "plateau", "exponential", "one_cycle", "constant"] = "cosine"
+    """Course of the learning rate, computed once an optimizer step."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises from 0 to its peak."""
+    decay_factor: float = 0.1
+    """What step, plateau and exponential multiply the learning rate by (exponential: every epoch)."""
+    decay_epochs: int = 30
+    """Epochs between two decays of step; evaluations without improvement before one of plateau."""
+    label_smoothing: float = 0.0
+    """Share of each label spread evenly over all classes."""
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = None
+    """Default: what the launcher says. The bare flag (auto) means fp16 on CUDA and bf16 elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    experiment_name: str | None = None
+    """Name of the run folder; default: time, model and dataset."""
+    output_dir: str = "runs"
+    """Folder of the run folders."""
+    resume: str = "auto"
+    """`auto` continues the run of this `--experiment_name`, `never` refuses to, a path continues that run or checkpoint."""
+    seed: int = 0
+    """Seed of weights, order, augmentation and dropout."""
+    deterministic: bool = False
+    """Use deterministic algorithms only; on a CPU two runs are equal to the bit without it."""
+    cpu_threads: int | None = None
+    """Threads of torch on the CPU, a process; default: the cores shared out. Stored: they change the last bits."""
+    log_every: int = 10
+    """Optimizer steps between two lines of metrics.jsonl."""
+    save_every_steps: int | None = None
+    """Save a checkpoint every so many optimizer steps, besides the one after each epoch."""
+    keep_last: int = 2
+    """Newest checkpoints kept."""
+    keep_best: int = 1
+    """Checkpoints kept besides for the best value of `--monitor`."""
+    monitor: str = "accuracy"
+    """The metric of the validation line that decides what is best."""
+    monitor_mode: Literal["min", "max"] | None = None
+    """Whether less or more is better; default: from a table."""
+    min_delta: float = 0.0
+    """Smallest change of the monitored metric that counts as an improvement."""
+    early_stopping: bool = False
+    """Stop after `--patience` evaluations without improvement."""
+    patience: int = 10
+    """Evaluations without improvement before early stopping."""
+    stop_after_steps: int | None = None
+    """End this session after so many optimizer steps, saved; the same command continues (exit code 75)."""
+    trace_samples: bool = False
+    """Write the sample ids of every step to samples.jsonl."""
+    use_tensorboard: bool = False
+    """Log to TensorBoard: `tensorboard --logdir runs`."""
+    use_wandb: bool = False
+    """Log to Weights & Biases; WANDB_MODE=offline works."""
+    wandb_project: str = "accelerate-vision-template"
+    """Project of Weights & Biases."""
+    push_to_hub: bool = False
+    """Push the best model to the Hugging Face hub at the end."""
+    hub_model_id: str | None = None
+    """Repository to push to, `user/name`."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
+    """One run. Raises ConfigError where its fields contradict each other."""
+
+    def __post_init__(self) -> None:
+        at_least = {
+            1: ("epochs", "max_steps", "batch_size", "micro_batch_size", "decay_epochs", "cpu_threads", "log_every",
+                "save_every_steps", "keep_last", "patience", "stop_after_steps", "image_size"),
+            0: ("warmup_steps", "keep_best", "num_workers", "min_delta", "mixup", "cutmix", "weight_decay", "seed",
+                "split_seed", "mix_off_epoch", "lr", "label_smoothing", "ema_decay", "random_erasing", "dropout",
+                "momentum", "decay_factor"),
+        }  # fmt: skip
+        for minimum, names in at_least.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not minimum <= value < float("inf"):
+                    raise ConfigError(f"--{name} is {value}: it must be a number from {minimum} on")
+        for name in ("label_smoothing", "ema_decay", "dropout", "momentum"):
+            if (getattr(self, name) or 0) >= 1:
+                raise ConfigError(f"--{name} is {getattr(self, name)}: it must be less than 1")
+        for name in ("random_erasing", "decay_factor"):
+            if getattr(self, name) > 1:
+                raise ConfigError(f"--{name} is {getattr(self, name)}: it must be at most 1")
+        if self.grad_clip is not None and not 0 < self.grad_clip < float("inf"):
+            raise ConfigError(f"--grad_clip is {self.grad_clip}: it must be above 0", fix="leave it out for no clipping")
+        if min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6:
+            raise ConfigError(
+                f"--split is {' '.join(map(str, self.split))}: three shares from 0 on that sum to 1, not {sum(self.split):g}"
+            )
+        if self.split[0] == 0:
+            raise ConfigError("--split leaves no share for training")
+        if (self.mixup or self.cutmix) and (self.batch_size % 2 or self.micro_batch_size % 2):
+            raise ConfigError(
+                f"--mixup and --cutmix pair samples: --batch_size {self.batch_size} and "
+                f"--micro_batch_size {self.micro_batch_size} must be even"
+            )
+        if self.val_data_dir and not self.train_data_dir:
+            raise ConfigError("--val_data_dir needs --train_data_dir")
+        if self.max_steps and self.warmup_steps >= self.max_steps:
+            raise ConfigError(f"--warmup_steps {self.warmup_steps} must be less than --max_steps {self.max_steps}")
+        if self.push_to_hub and not self.hub_model_id:
+            raise ConfigError("--push_to_hub needs --hub_model_id", fix="name the repository: --hub_model_id user/name")
+        if self.resume != "auto" and self.experiment_name and self.resume != "never":
+            raise ConfigError(
+                f"--resume {self.resume} names a run, and so does --experiment_name {self.experiment_name}",
+                fix="leave one of them out",
+            )
+        if self.experiment_name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", self.experiment_name):
+            raise ConfigError(
+                f"--experiment_name {self.experiment_name!r} is no safe folder name",
+                fix="use at most 100 letters, digits, '.', '_' and '-', the first a letter, a digit or '_'",
+            )
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """'; the nearest is ...' for an error about an unknown name, or ''."""
+    found = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(found)}?" if found else f"one of: {', '.join(sorted(names)[:12])}"

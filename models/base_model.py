@@ -1,0 +1,155 @@
+"""BaseModel: a module that knows how to begin, what pixels it expects, and how to be saved and loaded."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from abc import ABCMeta, abstractmethod
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_file, save_model
+from torch import Tensor, nn
+
+
+class ModelError(ValueError):
+    """A model that cannot be built or loaded as asked; the message says what to do."""
+
+
+class BuildThenInit(ABCMeta):
+    """After the outermost `__init__`: note its arguments for config.json, then call `init_weights()`."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().__call__(*args, **kwargs)
+        bound = inspect.signature(cls.__init__).bind(model, *args, **kwargs)  # type: ignore[misc]
+        bound.apply_defaults()
+        model.model_args = dict(list(bound.arguments.items())[1:])
+        model.init_weights()
+        return model
+
+
+class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
+    """Write `forward`, `dim` and `init_weights`; begin `forward` with `self.normalize(images_BCHW)`.
+
+    model_args: the arguments of the constructor; they must be JSON. name: the table's name in models/model.py.
+    """
+
+    mean_C11: Tensor
+    std_C11: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = type(self).__name__
+        self.model_args: dict[str, Any] = {}
+        self.task = "classification"
+        self.classes: list[str] = []
+        self.image_size: int | None = None
+        self.register_buffer("mean_C11", torch.zeros(1, 1, 1), persistent=False)
+        self.register_buffer("std_C11", torch.ones(1, 1, 1), persistent=False)
+
+    @abstractmethod
+    def forward(self, images_BCHW: Tensor) -> Any: ...
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """Size of the features before the head."""
+
+    @abstractmethod
+    def init_weights(self) -> None:
+        """Called by itself once the model is built, before any pretrained weights are loaded."""
+
+    def describe(
+        self, *, task: str, classes: list[str], image_size: int, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
+        """Tell the model what it is trained on; it is saved with it. mean and std are for pixels of 0..1."""
+        self.task, self.classes, self.image_size = task, list(classes), image_size
+        for buffer, values in ((self.mean_C11, mean), (self.std_C11, std)):
+            buffer.resize_(len(values), 1, 1).copy_(torch.tensor(values, dtype=torch.float64).reshape(-1, 1, 1))
+
+    def normalize(self, images_BCHW: Tensor) -> Tensor:
+        """uint8 pixels, or floats in 0..1, to zero mean and unit variance, on the device they are on."""
+        if images_BCHW.dtype == torch.uint8:
+            images_BCHW = images_BCHW.to(self.mean_C11.dtype) / 255
+        return (images_BCHW - self.mean_C11) / self.std_C11
+
+    def config(self) -> dict[str, Any]:
+        """What config.json holds: all that is needed to build the model again and feed it."""
+        mean, std = (buffer.flatten().tolist() for buffer in (self.mean_C11, self.std_C11))
+        return {
+            "model": self.name,
+            "model_args": self.model_args,
+            "task": self.task,
+            "classes": self.classes,
+            "preprocess": {"image_size": self.image_size, "channels": len(mean), "mean": mean, "std": std},
+        }
+
+    def load_weights(self, file: str | Path, *, strict: bool = True) -> None:
+        """Load a safetensors file. Raises ModelError that lists the keys or shapes that do not fit."""
+        try:
+            missing, unexpected = load_model(self, str(file), strict=False)
+        except (RuntimeError, SafetensorError, OSError) as error:
+            raise ModelError(f"{file} does not fit {self.name}: {' '.join(str(error).split())[:600]}") from None
+        if strict and (missing or unexpected):
+            raise ModelError(
+                f"{file} does not fit {self.name}: {len(missing)} missing keys {sorted(missing)[:3]}, "
+                f"{len(unexpected)} unexpected keys {sorted(unexpected)[:3]}"
+            )
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """config.json, then model.safetensors; each appears whole, the weights last."""
+        replace_file(save_directory / "config.json", lambda file: file.write_text(json.dumps(self.config(), indent=2)))
+        replace_file(
+            save_directory / "model.safetensors", lambda file: save_model(self, str(file), metadata={"format": "pt"})
+        )
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]
+        cls, *, model_id: str, config: dict[str, Any] | None = None, **options: Any
+    ) -> Self:
+        """Built from config.json, loaded strictly, in evaluation mode."""
+        if config is None:
+            raise ModelError(f"no config.json at {model_id}: not a model saved by this project")
+        weights = Path(model_id, "model.safetensors")
+        if not Path(model_id).is_dir():
+            where = {key: options[key] for key in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
+            weights = Path(hf_hub_download(model_id, "model.safetensors", **where))
+        return cls.from_config(config, weights)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], weights: Path) -> Self:
+        """Rebuild a model from its config.json and a safetensors file. `BaseModel` itself looks its name up."""
+        if inspect.isabstract(cls):
+            from models.model import build
+
+            model = build(config["model"], **config["model_args"])
+        else:
+            model = cls(**config["model_args"])
+            model.name = config["model"]
+        preprocess = config["preprocess"]
+        model.describe(
+            task=config["task"],
+            classes=config["classes"],
+            image_size=preprocess["image_size"],
+            mean=tuple(preprocess["mean"]),
+            std=tuple(preprocess["std"]),
+        )
+        model.load_weights(weights)
+        return model.eval()  # type: ignore[return-value]
+
+
+def replace_file(path: Path, write: Any) -> None:
+    """Write a file beside its place, then rename: a reader sees the old one or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    partial.chmod(0o644)  # safetensors makes files that only their owner can read
+    os.replace(partial, path)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Named tensors as a safetensors file that appears whole."""
+    replace_file(path, lambda file: save_file({k: v.contiguous() for k, v in tensors.items()}, str(file)))

@@ -1,0 +1,48 @@
+"""The table of models: a plain dict from name to builder, and what is looked up in it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from models import torchvision_models
+from models.base_model import BaseModel, ModelError
+from models.simple_cnn import SimpleCNN
+
+# A model of your own: one line here. A builder takes num_classes, in_channels, image_size and, if it has one, dropout.
+MODELS: dict[str, Callable[..., BaseModel]] = {
+    "simple_cnn": SimpleCNN,
+}
+
+
+def model_names() -> list[str]:
+    return [*MODELS, *torchvision_models.names()]
+
+
+def check_name(name: str) -> None:
+    """Raises ModelError with the nearest names where there is no such model."""
+    if name not in model_names():
+        near = difflib.get_close_matches(name, model_names(), n=3, cutoff=0.4) or list(MODELS)
+        raise ModelError(f"no model is called {name!r}: did you mean {' or '.join(near)}?")
+
+
+def build(name: str, **model_args: Any) -> BaseModel:
+    """A model with fresh weights from the current state of torch's generator."""
+    check_name(name)
+    model_args = {key: value for key, value in model_args.items() if key != "architecture" and value is not None}
+    if name in MODELS:
+        try:
+            model = MODELS[name](**model_args)
+        except TypeError as error:
+            raise ModelError(f"{name} cannot be built with {sorted(model_args)}: {error}") from None
+    else:
+        model = torchvision_models.TorchvisionClassifier(name, **model_args)
+    model.name, model.model_args = name, model_args
+    return model
+
+
+def input_size(name: str, image_size: int) -> int:
+    """The side of the images that the model will be given: image_size, or more where it cannot take so little."""
+    check_name(name)
+    return image_size if name in MODELS else torchvision_models.input_size(name, image_size)
