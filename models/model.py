@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from models import torchvision_models
@@ -30,15 +31,15 @@ def check_name(name: str) -> None:
 def build(name: str, **model_args: Any) -> BaseModel:
     """A model with fresh weights from the current state of torch's generator."""
     check_name(name)
-    model_args = {key: value for key, value in model_args.items() if key != "architecture" and value is not None}
-    if name in MODELS:
-        try:
-            model = MODELS[name](**model_args)
-        except TypeError as error:
-            raise ModelError(f"{name} cannot be built with {sorted(model_args)}: {error}") from None
-    else:
-        model = torchvision_models.TorchvisionClassifier(name, **model_args)
-    model.name, model.model_args = name, model_args
+    given = {key: value for key, value in model_args.items() if key != "architecture" and value is not None}
+    builder = MODELS.get(name, partial(torchvision_models.TorchvisionClassifier, name))
+    try:
+        model = builder(**given)
+    except TypeError as error:
+        raise ModelError(f"{name} cannot be built with {sorted(given)}: {error}") from None
+    model.name = name
+    if name in MODELS and not isinstance(builder, type):
+        model.model_args = given  # a function builds it: these are its arguments, not the constructor's
     return model
 
 

@@ -1,0 +1,46 @@
+"""What a model costs: parameters, bytes, FLOPs, activation memory; computed on no data, without memory."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def summarize(model: nn.Module, channels: int, image_size: int, batch_size: int) -> str:
+    """One line. FLOPs (two a multiply-add) are of one image's forward pass; activations are what a training
+    step of batch_size keeps for its backward pass."""
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    flops, activations = cost(model, channels, image_size, batch_size)
+    return (
+        f"{parameters:,} parameters"
+        + (f" ({trainable:,} trainable)" if trainable != parameters else "")
+        + f", {megabytes(size)}; {flops / 1e6:,.1f} MFLOPs an image; "
+        f"{megabytes(activations)} activations at {batch_size} images"
+    )
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def cost(model: nn.Module, channels: int, image_size: int, batch_size: int) -> tuple[float, int]:
+    """FLOPs of one image, and bytes kept for backward at batch_size, from a copy on the meta device."""
+    with torch.device("meta"):
+        ghost = copy.deepcopy(model).to("meta").train()
+        images_BCHW = torch.zeros(batch_size, channels, image_size, image_size)
+    own = {id(p) for p in ghost.parameters()} | {id(b) for b in ghost.buffers()}
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if id(tensor) not in own:
+            kept[id(tensor.untyped_storage())] = tensor
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        ghost(images_BCHW)
+    return counter.get_total_flops() / batch_size, sum(t.untyped_storage().nbytes() for t in kept.values())

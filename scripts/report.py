@@ -1,0 +1,49 @@
+"""How scripts end: a fault becomes one block that says what, where and what to do."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from configs.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def block(error: BaseException, batch_hint: str = "") -> tuple[str, int]:
+    """The words for an error, and the exit code."""
+    if isinstance(error, UserError):
+        return str(error), error.exit_code
+    if type(error).__name__ == "ModelError":
+        return str(UserError(str(error))), 2
+    text = (str(error).strip() or type(error).__name__).splitlines()[0][:400]
+    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY):
+        fix = "lower --micro_batch_size: the result stays that of the whole --batch_size; or lower --image_size"
+        return str(UserError(f"out of memory: {text}", where=place(error) + batch_hint, fix=fix)), 1
+    fix = "run again with --debug for the whole traceback"
+    return str(UserError(f"{type(error).__name__}: {text}", where=place(error), fix=fix)), 1
+
+
+def place(error: BaseException) -> str:
+    """The innermost line of this project that the error came through."""
+    ours = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).is_relative_to(ROOT) and "site-packages" not in frame.filename
+    ]
+    return f"{Path(ours[-1].filename).relative_to(ROOT)}:{ours[-1].lineno} in {ours[-1].name}" if ours else ""
+
+
+def fail(error: Exception, *, debug: bool, batch_hint: str = "") -> int:
+    """Print the block, on one process only where all of them fail alike; the exit code."""
+    if debug:
+        traceback.print_exception(error)
+    text, code = block(error, batch_hint)
+    alike = isinstance(error, UserError) or type(error).__name__ == "ModelError"
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or not alike:
+        print(text if rank == "0" else f"[process {rank}] {text}", file=sys.stderr, flush=True)
+    return code

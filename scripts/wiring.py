@@ -1,0 +1,87 @@
+"""From a config to a model, data and a trainer: the one module that scripts share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from configs.errors import ConfigError
+from configs.options import Config, nearest
+from data.dataset import Data, load_data
+from data.loader import eval_loader, train_loader
+from data.order import Use, mix, seed_cpu
+from models import BaseModel, ModelError
+from models.load import load_weights_into
+from models.model import build, check_name, input_size
+from trainer.base_trainer import BaseTrainer
+from trainer.device import make_accelerator
+from trainer.main_trainer import MainTrainer
+
+# A task of your own: one line here, one file in trainer/.
+TRAINERS: dict[str, type[BaseTrainer]] = {"classification": MainTrainer}
+
+
+def check_names(config: Config) -> None:
+    """Refuse a task or a model that does not exist before any data are opened."""
+    if config.task not in TRAINERS:
+        raise ConfigError(f"--task {config.task} does not exist", fix=nearest(config.task, list(TRAINERS)))
+    try:
+        check_name(config.model)
+    except ModelError as error:
+        raise ConfigError(f"--model {config.model}: {error}") from None
+
+
+def build_data(config: Config) -> tuple[Data, str]:
+    """The data at the size that the model can take, and a line where that is not their own."""
+    data = load_data(config)
+    size = input_size(config.model, data.image_size)
+    line = f"{config.model} takes no images of {data.image_size} px: they are resized to {size} px"
+    return replace(data, image_size=size), line if size != data.image_size else ""
+
+
+def build_model(config: Config, data: Data) -> BaseModel:
+    """A described model, its weights drawn from the seed or loaded from --weights."""
+    seed_cpu(mix(config.seed, Use.WEIGHTS))
+    model = build(
+        config.model,
+        num_classes=len(data.classes),
+        in_channels=data.info.channels,
+        image_size=data.image_size,
+        dropout=config.dropout,
+    )
+    model.describe(
+        task=config.task, classes=data.classes, image_size=data.image_size, mean=data.info.mean, std=data.info.std
+    )
+    if config.weights:
+        load_weights_into(model, config.weights)
+    return model
+
+
+def build_trainer(config: Config) -> tuple[BaseTrainer, Data, list[str]]:
+    """Everything a run needs, and lines to tell about it."""
+    check_names(config)
+    accelerator = make_accelerator(config)
+    config = replace(config, mixed_precision=accelerator.mixed_precision)
+    with accelerator.main_process_first():  # one process prepares what the others then read
+        data, line = build_data(config)
+    model = build_model(config, data)
+    process, processes = accelerator.process_index, accelerator.num_processes
+    trainer = TRAINERS[config.task](
+        config,
+        model,
+        train_loader(config, data, process, processes),
+        eval_loader(config, data, data.val, process, processes) if data.val else None,
+        accelerator=accelerator,
+    )
+    return trainer, data, [line] if line else []
+
+
+def processes_of(accelerator: Accelerator) -> dict[str, Any]:
+    return {"process": accelerator.process_index, "processes": accelerator.num_processes}
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

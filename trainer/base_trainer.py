@@ -1,0 +1,504 @@
+"""BaseTrainer: what every task shares. Read `train` and `optimize` first; the epoch's loop is in main_trainer.py.
+
+Accelerator owns devices, precision, DDP/FSDP and the state it saves. The order of data, the window of an
+optimizer step, the seeds and the run folder are ours.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+from uuid import uuid4
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from configs.errors import ConfigError, DataError, Diverged, UserError
+from configs.options import Config
+from data.order import Use, mix, seed_device
+from trainer import checkpoint, run_folder
+from trainer.device import default_threads, make_accelerator
+from trainer.ema import WeightAverage
+from trainer.losses import Criterion, Losses, Weights, total
+from trainer.metrics import Meter, means
+from trainer.model_card import model_card
+from trainer.monitor import check_monitor, higher_is_better
+from trainer.optim import build_optimizers, lr_factor
+from trainer.progress import Clock, EpochBar, Table
+from trainer.state import TrainState
+from trainer.trackers import TensorBoard, Tracker, WeightsAndBiases
+
+Batch = dict[str, Any]
+
+
+@runtime_checkable
+class PositionedLoader(Protocol):
+    """A loader that can begin anywhere. Any other iterable of batches works too, and is skipped through."""
+
+    steps_per_epoch: int
+
+    def set_position(self, epoch: int, step_in_epoch: int) -> None: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+@dataclass
+class Window:
+    """The micro-batches of one optimizer step, and where `optimize` is among them."""
+
+    batches: list[Batch]
+    counts: list[Any]
+    total: Any  # counts of all micro-batches on all processes
+    number: int = 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.number == len(self.batches) - 1
+
+
+class BaseTrainer(ABC):
+    """Trains a model as a config says. A task writes the five abstract methods, or inherits MainTrainer's.
+
+    model: a models.BaseModel. Loaders: any iterable of batches; a batch is a dict (images_BCHW, labels, ...) or
+    an (images, labels) pair.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: Any,
+        train_loader: Iterable[Any] | None = None,
+        val_loader: Iterable[Any] | None = None,
+        *,
+        accelerator: Accelerator | None = None,
+    ):
+        self.accelerator = accelerator or make_accelerator(config)
+        self.config, self.train_loader, self.val_loader = config, train_loader, val_loader
+        self.device = self.accelerator.device
+        self.is_main = self.accelerator.is_main_process
+        processes = self.accelerator.num_processes
+        if config.batch_size % processes:
+            raise ConfigError(
+                f"--batch_size {config.batch_size} cannot be shared by {processes} processes",
+                fix="it is the batch of all processes together: choose a multiple of their number",
+            )
+        self.batch_share = config.batch_size // processes
+
+        folder, self.resume_from, self.messages = run_folder.find(config)
+        folder = Path(self.same_everywhere(str(folder)))
+        self.run = run_folder.RunFolder(folder, writes=self.is_main)
+        self.state = TrainState(wandb_id=uuid4().hex[:12])
+        if self.resume_from:
+            self.messages += run_folder.check_same_run(config, folder)
+            self.state = TrainState.from_json(checkpoint.read_state(self.resume_from))
+        self.set_threads()
+
+        if config.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self.plain_model = model.to(self.device)
+        self.optimizers = build_optimizers(self.plain_model, config)
+        self.model, *self.prepared_optimizers = self.accelerator.prepare(self.plain_model, *self.optimizers)
+        if config.compile:
+            self.plain_model.compile()  # in place: names in the state dict stay as they are
+        self.parameters = [p for p in self.plain_model.parameters() if p.requires_grad]
+        self.ema = WeightAverage(self.plain_model, config.ema_decay) if config.ema_decay else None
+        self.scaler = self.accelerator.scaler
+
+        self.criterion: Criterion = self.get_criterion()
+        self.loss_weights: Weights = None
+        reduce = (lambda tensor: self.accelerator.reduce(tensor, "sum")) if processes > 1 else None
+        self.reduce = reduce
+        self.meter = Meter(reduce)
+        self.grad_norm: Tensor | None = None
+        self.window = Window([], [], 0)
+        self.clock = Clock()
+        self.session_steps = 0
+        self.steps_per_epoch = self.count_steps(train_loader)
+        self.total_steps = config.max_steps or self.steps_per_epoch * config.epochs
+        self.trackers: list[Tracker] = []
+        self.table = Table(config.monitor, shown=self.is_main)
+
+    # ---- what a task writes -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def get_criterion(self) -> Criterion:
+        """One loss, or a tuple, list or dict of them; `self.loss_weights` may weigh them."""
+
+    @abstractmethod
+    def forward_pass(self, batch: Batch) -> tuple[Losses, Any]:
+        """The mean loss over `count(batch)`, and the predictions."""
+
+    @abstractmethod
+    def train_epoch(self, train_loader: Iterable[Any]) -> dict[str, float]:
+        """Train on what is left of the epoch; the means of the whole of it."""
+
+    @abstractmethod
+    def validate_epoch(self, val_loader: Iterable[Any]) -> dict[str, float]:
+        """Metrics over every sample once."""
+
+    @abstractmethod
+    def inference(self, inputs: Tensor) -> Any:
+        """Predictions for a batch of inputs."""
+
+    def count(self, batch: Batch) -> Any:
+        """What a mean loss is a mean over: samples. Masked or weighted losses count something else."""
+        return 0 if "valid" in batch else len(next(iter(batch.values())))
+
+    def val_metric_names(self) -> list[str]:
+        """The keys that `validate_epoch` will return, for --monitor."""
+        return ["loss"]
+
+    # ---- the run ------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end of the config, or to a stop; what status.json says of it."""
+        if self.train_loader is None:
+            raise DataError("there is no train_loader to train on", fix="Trainer(config, model, train_loader, val_loader)")
+        check_monitor(self.config, self.val_metric_names() if self.val_loader is not None else ["loss", "accuracy"])
+        if self.is_main:
+            print(*self.messages, sep="\n", end="\n" if self.messages else "")
+        self.load_checkpoint()
+        if self.finished:
+            return {"state": "done", **self.standing()}
+        self.open_run()
+        try:
+            while not self.finished:
+                results = {"train": self.train_epoch(self.train_loader)}
+                if self.stop_is_due() and not self.epoch_is_complete():
+                    return self.leave("preempted", "stop_after_steps")
+                if self.val_loader is not None:
+                    results["val"] = self.validate_epoch(self.val_loader)
+                self.finish_epoch(results)
+                if self.stop_is_due() and not self.finished:
+                    return self.leave("preempted", "stop_after_steps", saved=True)
+            return self.leave("done", "", saved=True)
+        except BaseException as error:
+            state = "diverged" if isinstance(error, Diverged) else "failed"
+            self.run.status(state, **self.standing(), reason=str(error)[:1000] or type(error).__name__)
+            raise
+        finally:
+            for tracker in self.trackers:
+                tracker.finish(self.run.best)
+            self.run.close()
+
+    @property
+    def finished(self) -> bool:
+        out_of_patience = self.config.early_stopping and self.state.monitor.bad_evaluations >= self.config.patience
+        return self.state.step >= self.total_steps or out_of_patience
+
+    def epoch_is_complete(self) -> bool:
+        return self.state.step_in_epoch >= self.steps_per_epoch or self.state.step >= self.total_steps
+
+    def stop_is_due(self) -> bool:
+        limit = self.config.stop_after_steps
+        return limit is not None and self.session_steps >= limit
+
+    def finish_epoch(self, results: dict[str, dict[str, float]]) -> None:
+        """After an evaluation: write it down, decide what is best, and save."""
+        state, config = self.state, self.config
+        judged = results.get("val", results["train"])
+        if config.monitor not in judged:
+            raise ConfigError(f"--monitor {config.monitor} is none of {', '.join(judged)}")
+        value, higher = judged[config.monitor], higher_is_better(config)
+        place = {"step": state.step, "epoch": state.epoch}
+        is_best = state.monitor.update(value, higher=higher, min_delta=config.min_delta, **place)
+        if config.scheduler == "plateau":
+            state.plateau.update(value, higher=higher, min_delta=config.min_delta, **place)
+            if state.plateau.bad_evaluations >= config.decay_epochs:
+                state.plateau_factor *= config.decay_factor
+                state.plateau.bad_evaluations = 0
+        self.log_metrics(results)
+        self.table.line(state.epoch, results, self.clock.speed(), best=is_best)
+        if is_best:
+            self.save_best(judged)
+        ranked = sorted([*state.best_steps, (value, state.step)], key=lambda e: (-e[0] if higher else e[0], e[1]))
+        state.best_steps = ranked[: config.keep_best]
+        if state.step_in_epoch >= self.steps_per_epoch:
+            state.epoch, state.step_in_epoch, state.epoch_sums = state.epoch + 1, 0, {}
+        self.save_checkpoint()
+
+    def log_metrics(self, results: dict[str, dict[str, float]]) -> None:
+        """An evaluation's lines: the epoch's training means, the validation, the speed."""
+        place = {"step": self.state.step, "epoch": self.state.epoch}
+        self.run.log("epoch", {**place, **results["train"]})
+        if "val" in results:
+            self.run.log("val", {**place, **results["val"]})
+        self.log_speed()
+        flat = {f"{part}/{name}": value for part, values in results.items() for name, value in values.items()}
+        self.track({name.replace("train/", "epoch/", 1): value for name, value in flat.items()})
+
+    def leave(self, state: str, reason: str, *, saved: bool = False) -> dict[str, Any]:
+        if not saved:
+            self.save_checkpoint()
+        result = {"state": state, **self.standing()}
+        self.run.status(**result, reason=reason)
+        return result
+
+    def standing(self) -> dict[str, Any]:
+        """Step, epoch and the best evaluation so far."""
+        best = self.state.monitor
+        found = {"metric": self.config.monitor, "value": best.best, "step": best.best_step, "epoch": best.best_epoch}
+        return {"step": self.state.step, "epoch": self.state.epoch, "best": found if best.best is not None else None}
+
+    # ---- under the loop: windows, one step, what is logged ------------------------------------------------
+
+    def windows(self, train_loader: Iterable[Any]) -> Iterator[Window]:
+        """Group micro-batches into optimizer steps of batch_size / processes samples; the last may have fewer."""
+        done = self.state.step_in_epoch
+        if isinstance(train_loader, PositionedLoader):
+            train_loader.set_position(self.state.epoch, done)
+            groups = self.grouped(train_loader)
+        else:
+            groups = itertools.islice(self.grouped(train_loader), done, None)
+        for batches in groups:
+            counts = [self.count(batch) for batch in batches]
+            self.clock.samples += self.config.batch_size
+            yield Window(batches, counts, self.window_total(counts, train_loader))
+
+    def grouped(self, loader: Iterable[Any]) -> Iterator[list[Batch]]:
+        batches: list[Batch] = []
+        samples = 0
+        for item in self.clock.waiting(loader):
+            batch = as_dict(item)
+            batches.append(batch)
+            samples += len(next(iter(batch.values())))
+            if samples >= self.batch_share:
+                yield batches
+                batches, samples = [], 0
+        if batches:
+            yield batches
+
+    def window_total(self, counts: list[Any], loader: Iterable[Any]) -> Any:
+        """The count of the window over all processes; known without asking where an order made it."""
+        mine = sum(counts)
+        if self.reduce is None:
+            return mine
+        if isinstance(loader, PositionedLoader) and type(self).count is BaseTrainer.count:
+            return self.config.batch_size
+        return self.reduce(torch.as_tensor(mine, dtype=torch.float32, device=self.device))
+
+    def micro_batches(self, window: Window) -> Iterator[Batch]:
+        """Each micro-batch on the device, with the generators seeded by its place, ready for `optimize`."""
+        self.window = window
+        offset = self.accelerator.process_index * self.batch_share
+        for window.number, batch in enumerate(window.batches):
+            batch["offset"] = offset
+            offset += len(next(iter(batch.values())))
+            seed_device(mix(self.config.seed, Use.STEP, self.state.step, batch["offset"]), self.device)
+            if window.is_last:
+                yield self.on_device(batch)
+            else:
+                with self.accelerator.no_sync(self.model):  # gradients meet in the last micro-batch
+                    yield self.on_device(batch)
+
+    def on_device(self, batch: Batch) -> Batch:
+        if self.device.type == "cpu" and not self.config.channels_last:
+            return batch
+        moved = {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+        if self.config.channels_last:
+            moved["images_BCHW"] = moved["images_BCHW"].to(memory_format=torch.channels_last)
+        return moved
+
+    def optimize(self, losses: Losses) -> None:
+        """Backward; after the last micro-batch of the window also clip, step, average and count."""
+        loss, window, config, state = total(losses), self.window, self.config, self.state
+        count = window.counts[window.number]
+        if count is not window.total:  # a mean over part of the window weighs by its part
+            loss = loss * (count * self.accelerator.num_processes / window.total)
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
+        loss.backward()
+        if not window.is_last:
+            return
+        if config.grad_clip is not None:
+            if self.scaler is not None:
+                self.accelerator.unscale_gradients()
+            self.grad_norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+        self.lr = config.lr * self.lr_factor()
+        # the prepared optimizer looks for an optional package at every step (139 us): needed for its scaler only
+        for optimizer in self.optimizers if self.scaler is None else self.prepared_optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
+            optimizer.step()
+            optimizer.zero_grad()
+        state.step += 1
+        state.step_in_epoch += 1
+        self.session_steps += 1
+        if self.ema is not None:
+            self.ema.update(state.step)
+
+    def lr_factor(self) -> float:
+        if self.config.scheduler == "plateau" and self.state.step >= self.config.warmup_steps:
+            return self.state.plateau_factor
+        return lr_factor(
+            self.state.step, self.config, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
+        )
+
+    def after_step(self, bar: EpochBar) -> bool:
+        """A step's log line and checkpoint where they are due; True where training stops here."""
+        state, config = self.state, self.config
+        bar.step()
+        if config.trace_samples:
+            self.trace_samples()
+        if state.step % config.log_every == 0 or state.step == 1:
+            self.log_step(bar)
+        stops = self.stop_is_due() or state.step >= self.total_steps
+        at_end = state.step_in_epoch >= self.steps_per_epoch or stops  # then the save waits for the evaluation
+        if config.save_every_steps and state.step % config.save_every_steps == 0 and not at_end:
+            self.save_checkpoint()
+        return stops
+
+    def log_step(self, bar: EpochBar) -> None:
+        """The means since the last log line. Here, and nowhere else in the loop, the device is waited for."""
+        self.meter.read(self.state.window_sums, self.state.epoch_sums)
+        values = {**means(self.state.window_sums), "lr": self.lr}
+        if self.grad_norm is not None:
+            values["grad_norm"] = float(self.grad_norm)
+        self.state.window_sums = {}
+        self.run.log("train", {"step": self.state.step, "epoch": self.state.epoch, **values})
+        self.track({f"train/{name}": value for name, value in values.items()})
+        bar.show(values)
+
+    def log_speed(self) -> None:
+        values = self.clock.speed()
+        if self.device.type == "cuda":
+            values["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        self.run.log("speed", {"step": self.state.step, "epoch": self.state.epoch, **values})
+        self.track({f"speed/{name}": value for name, value in values.items()})
+
+    def track(self, values: dict[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(values, self.state.step)
+
+    def trace_samples(self) -> None:
+        """The ids of the whole global batch, as they were computed."""
+        ids = torch.cat([batch["ids"].to(self.device) for batch in self.window.batches])
+        everywhere = ids if self.reduce is None else self.accelerator.gather(ids)
+        self.run.log_samples(self.state.step, self.state.epoch, everywhere.tolist())
+
+    # ---- saving and coming back ---------------------------------------------------------------------------
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model computes with its averaged weights inside this block, where there are such."""
+        return self.ema.applied() if self.ema is not None else nullcontext()
+
+    def save_checkpoint(self) -> None:
+        """All that is needed to continue, in one folder that appears whole."""
+        state, folder = self.state, self.run.checkpoints
+        self.meter.read(state.window_sums, state.epoch_sums)  # also refuses to save after a loss of NaN
+        hidden = folder / f".step_{state.step:08d}"
+        if self.is_main:
+            checkpoint.begin(folder, state.step)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(hidden))
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            if self.ema is not None:
+                save_file(self.ema.state_dict(), hidden / "ema.safetensors", metadata={"format": "pt"})
+            run_folder.write_whole(hidden / "config.json", model_json(self.plain_model))
+            checkpoint.commit(hidden, state.to_json())
+            best_steps = {step for _, step in state.best_steps}
+            checkpoint.prune(folder, keep_last=self.config.keep_last, keep_steps=best_steps)
+            self.run.status("running", **self.standing())
+        self.accelerator.wait_for_everyone()
+
+    def save_best(self, metrics: dict[str, float]) -> None:
+        """best/: the model as `from_pretrained` loads it, with its averaged weights where there are such."""
+        if self.is_main:
+            self.run.best.mkdir(parents=True, exist_ok=True)
+            card = model_card(self.config, model_json(self.plain_model), metrics, self.state.step)
+            run_folder.write_whole(self.run.best / "README.md", card)
+            with self.averaged():
+                self.plain_model.save_pretrained(self.run.best)
+
+    def load_checkpoint(self) -> None:
+        if self.resume_from is None:
+            return
+        self.accelerator.load_state(str(self.resume_from))
+        if self.ema is not None:
+            file = self.resume_from / "ema.safetensors"
+            if not file.is_file():
+                raise UserError("the checkpoint has no averaged weights", where=str(file), fix="continue without --ema_decay")
+            self.ema.load_state_dict(load_file(file, device=str(self.device)))
+        if self.is_main:
+            print(f"continuing {self.run.path} after step {self.state.step} (epoch {self.state.epoch + 1})")
+
+    def open_run(self) -> None:
+        config = self.config
+        self.run.set_back(self.state.step)
+        self.run.open(
+            config,
+            run_folder.environment(
+                str(self.device),
+                processes=self.accelerator.num_processes,
+                mixed_precision=self.accelerator.mixed_precision,
+                cpu_threads=self.state.cpu_threads,
+            ),
+        )
+        self.run.status("running", **self.standing())
+        if self.is_main and config.use_tensorboard:
+            folder = self.run.path / "tensorboard"
+            self.trackers.append(Tracker("TensorBoard", lambda: TensorBoard(folder, asdict(config))))
+        if self.is_main and config.use_wandb:
+            path, key = self.run.path, self.state.wandb_id
+            self.trackers.append(
+                Tracker("W&B", lambda: WeightsAndBiases(path, asdict(config), config.wandb_project, path.name, key))
+            )
+
+    # ---- small things of the start ------------------------------------------------------------------------
+
+    def set_threads(self) -> None:
+        """Threads and algorithms decide the last bits: set them before anything is computed, keep them at a resume."""
+        here = max(1, self.accelerator.num_processes)
+        if self.config.cpu_threads or not self.resume_from:
+            self.state.cpu_threads = self.config.cpu_threads or default_threads(here)
+        torch.set_num_threads(self.state.cpu_threads)
+        if self.config.deterministic:
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+
+    def same_everywhere(self, text: str) -> str:
+        """The main process's words on every process."""
+        if self.accelerator.num_processes == 1:
+            return text
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([text])[0]
+
+    def count_steps(self, loader: Iterable[Any] | None) -> int:
+        """Optimizer steps of an epoch."""
+        if loader is None:
+            return 1
+        if isinstance(loader, PositionedLoader):
+            return loader.steps_per_epoch
+        if isinstance(loader, (list, tuple)):
+            return max(1, sum(1 for _ in self.grouped(loader)))
+        micro_batch = getattr(loader, "batch_size", None)  # a torch DataLoader
+        if isinstance(loader, Sized) and micro_batch:
+            return -(-len(loader) // -(-self.batch_share // micro_batch))
+        if self.config.max_steps:
+            return self.config.max_steps
+        raise ConfigError("the train_loader does not tell how long an epoch is", fix="give --max_steps")
+
+
+def as_dict(item: Any) -> Batch:
+    """An (images, labels) pair as a batch; a dict is one already."""
+    if isinstance(item, dict):
+        return dict(item)
+    images_BCHW, labels = item
+    return {"images_BCHW": images_BCHW, "labels": labels}
+
+
+def model_json(model: Any) -> str:
+    import json
+
+    return json.dumps(model.config(), indent=2)

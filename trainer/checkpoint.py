@@ -1,0 +1,123 @@
+"""The checkpoint folder: it appears whole by one rename, and proves itself by a manifest.
+
+checkpoints/step_00001200/ holds what Accelerate saved (model.safetensors, optimizer.bin), ema.safetensors,
+config.json of the model, state.json, and manifest.json (size and sha256 of each file), written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+
+MANIFEST = "manifest.json"
+NAME = re.compile(r"step_(\d{8,})")
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint's name; None for anything else."""
+    match = NAME.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def all_checkpoints(checkpoints: Path) -> list[Path]:
+    """Checkpoint folders, oldest first; whatever else lies there is none of ours."""
+    if not checkpoints.is_dir():
+        return []
+    found = [folder for folder in checkpoints.iterdir() if step_of(folder) is not None and folder.is_dir()]
+    return sorted(found, key=lambda folder: step_of(folder) or 0)
+
+
+def begin(checkpoints: Path, step: int) -> Path:
+    """A hidden, empty folder on the same filesystem; what a killed save left there goes."""
+    hidden = checkpoints / f".step_{step:08d}"
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    return hidden
+
+
+def commit(hidden: Path, state: dict[str, Any]) -> Path:
+    """Write state.json and the manifest, make all of it durable, and let it appear."""
+    for useless in hidden.glob("random_states_*.pkl"):
+        useless.unlink()  # generators are seeded every step, from the config
+    (hidden / "state.json").write_text(json.dumps(state, indent=1))
+    files = sorted(path for path in hidden.iterdir() if path.is_file())
+    manifest = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in files}
+    (hidden / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in [*files, hidden / MANIFEST]:
+        path.chmod(0o644)
+        sync(path)
+    sync(hidden)
+    final = hidden.with_name(hidden.name[1:])
+    if final.exists():  # the same step, saved before by a run that was set back to an older one
+        shutil.rmtree(final)
+    os.rename(hidden, final)
+    sync(hidden.parent)
+    return final
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, by its manifest; None where all of it holds."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, entry in manifest.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
+            if sha256(path) != entry["sha256"]:
+                return f"{name} has changed since it was saved"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    return None
+
+
+def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that holds, and a line for each newer one that does not.
+
+    Raises UserError where there are checkpoints and none holds: starting from zero would lose the run.
+    """
+    damaged = []
+    for folder in reversed(all_checkpoints(checkpoints)):
+        wrong = fault(folder)
+        if wrong is None:
+            return folder, damaged
+        damaged.append(f"checkpoint {folder.name} is damaged and passed over: {wrong}")
+    if damaged:
+        raise UserError(
+            "none of the checkpoints is intact: " + "; ".join(damaged),
+            where=str(checkpoints),
+            fix="restore one, or begin anew under another --experiment_name",
+        )
+    return None, damaged
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "state.json").read_text())
+
+
+def prune(checkpoints: Path, *, keep_last: int, keep_steps: set[int]) -> None:
+    """Remove checkpoints that are neither among the newest nor wanted; nothing else is touched."""
+    for folder in all_checkpoints(checkpoints)[:-keep_last]:
+        if step_of(folder) not in keep_steps:
+            shutil.rmtree(folder)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

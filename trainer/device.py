@@ -1,0 +1,45 @@
+"""The Accelerator of a run: device, precision and processes, with what would silently go wrong refused."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator
+
+from configs.errors import ConfigError
+from configs.options import Config
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """CUDA, MPS or CPU, whichever is there. Raises ConfigError for a precision or launch that cannot work."""
+    no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    use_cpu = no_gpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    precision: str | None = config.mixed_precision
+    if precision == "auto":
+        precision = "fp16" if torch.cuda.is_available() and not use_cpu else "bf16"
+    wanted = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted == "fp16" and use_cpu:
+        raise ConfigError(
+            "--mixed_precision fp16 needs a GPU, and none is used (on a CPU it would silently train in float32)",
+            fix="take --mixed_precision bf16 or no",
+        )
+    if wanted == "bf16" and torch.cuda.is_available() and not use_cpu and not torch.cuda.is_bf16_supported():
+        raise ConfigError(f"{torch.cuda.get_device_name()} cannot compute in bf16", fix="take --mixed_precision fp16 or no")
+    try:
+        accelerator = Accelerator(cpu=use_cpu, mixed_precision=precision)
+    except ValueError as error:  # a second trainer of another precision in one process
+        raise ConfigError(f"this process has an Accelerator already: {str(error).splitlines()[0]}") from None
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ConfigError(
+            f"the launcher started {started} processes, but they do not know each other "
+            f"(each sees {accelerator.num_processes})",
+            fix="without GPUs: ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 scripts/train.py",
+        )
+    return accelerator
+
+
+def default_threads(processes_here: int) -> int:
+    """The cores of this machine, shared out over its processes."""
+    return max(1, (os.cpu_count() or 1) // max(1, processes_here))

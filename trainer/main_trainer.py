@@ -1,0 +1,94 @@
+"""MainTrainer: the standard loop, and image classification. Other tasks override get_criterion and forward_pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.base_trainer import BaseTrainer, Batch, as_dict
+from trainer.losses import Criterion, Losses, combine
+from trainer.metrics import ClassificationMetrics, Meter, Sums, means
+from trainer.mixing import mix_pairs
+from trainer.progress import Clock, EpochBar
+
+
+class MainTrainer(BaseTrainer):
+    """Classification: batches of images_BCHW and labels [B], a model that returns logits [B, classes]."""
+
+    def get_criterion(self) -> Criterion:
+        return nn.CrossEntropyLoss(label_smoothing=self.config.label_smoothing)
+
+    def forward_pass(self, batch: Batch) -> tuple[Losses, Any]:
+        images_BCHW, targets = self.mixed(batch)
+        logits_BC = self.model(images_BCHW)
+        return combine(self.criterion, logits_BC, targets, self.loss_weights), logits_BC
+
+    def train_epoch(self, train_loader: Iterable[Any]) -> dict[str, float]:
+        self.model.train()
+        self.clock = Clock()
+        bar = EpochBar(self.state.epoch, self.epochs, self.steps_per_epoch, self.state.step_in_epoch, shown=self.is_main)
+        for window in self.windows(train_loader):  # the micro-batches of one optimizer step
+            for batch in self.micro_batches(window):
+                losses, predictions = self.forward_pass(batch)
+                self.optimize(losses)
+                self.meter.add(losses, window.counts[window.number], self.hits(predictions, batch), self.state.step)
+            if self.after_step(bar):
+                break
+        bar.close()
+        self.meter.read(self.state.window_sums, self.state.epoch_sums)
+        return means(self.state.epoch_sums)
+
+    @torch.no_grad()
+    def validate_epoch(self, val_loader: Iterable[Any]) -> dict[str, float]:
+        self.model.eval()
+        meter, sums = Meter(self.reduce), Sums()
+        metrics = ClassificationMetrics(len(self.plain_model.classes), self.device)
+        with self.averaged():
+            for item in val_loader:
+                batch = self.on_device(as_dict(item))
+                losses, predictions = self.forward_pass(batch)
+                count = self.count(batch)
+                meter.add(losses, count, {}, self.state.step)
+                if count:  # a stand-in batch keeps processes in step and counts for nothing
+                    metrics.update(predictions, batch["labels"])
+        meter.read(sums)
+        return means(sums) | metrics.compute(self.reduce)
+
+    @torch.no_grad()
+    def inference(self, inputs: Tensor) -> Tensor:
+        """Class probabilities [B, classes] of images [B, C, H, W], uint8 or floats in 0..1."""
+        self.model.eval()
+        with self.averaged():
+            return self.model(inputs.to(self.device)).softmax(1)
+
+    def hits(self, logits_BC: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Which samples were right, bool [B]; under MixUp the label is the sample's own."""
+        return {"accuracy": logits_BC.detach().argmax(1) == batch["labels"]}
+
+    def val_metric_names(self) -> list[str]:
+        return ["loss", *ClassificationMetrics.names(len(self.plain_model.classes))]
+
+    def mixed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images and labels, or in training mixed images and soft targets."""
+        config = self.config
+        off = config.mix_off_epoch is not None and self.state.epoch >= config.mix_off_epoch
+        if not self.model.training or off or not (config.mixup or config.cutmix):
+            return batch["images_BCHW"], batch["labels"]
+        return mix_pairs(
+            batch["images_BCHW"],
+            batch["labels"],
+            num_classes=len(self.plain_model.classes),
+            mixup=config.mixup,
+            cutmix=config.cutmix,
+            seed=config.seed,
+            step=self.state.step,
+            offset=batch["offset"],
+            batch_size=config.batch_size,
+        )
+
+    @property
+    def epochs(self) -> int | None:
+        return None if self.config.max_steps else self.config.epochs

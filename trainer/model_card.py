@@ -1,0 +1,47 @@
+"""The README.md of a saved model."""
+
+from __future__ import annotations
+
+import json
+
+from configs.arguments import NOT_SAVED, to_yaml
+from configs.options import Config
+
+
+def model_card(config: Config, model_config: str, metrics: dict[str, float], step: int) -> str:
+    """What the model is, what it reached, how to load it, and the config that made it."""
+    described = json.loads(model_config)
+    size = described["preprocess"]["image_size"]
+    data = config.train_data_dir or config.dataset
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
+    options = "".join(line for line in to_yaml(config).splitlines(True) if line.split(":")[0] not in NOT_SAVED)
+    return f"""---
+library_name: pytorch
+license: other
+tags:
+- {described["task"]}
+- model_hub_mixin
+- pytorch_model_hub_mixin
+---
+
+# {described["model"]}
+
+Trained for {described["task"]} of {len(described["classes"])} classes on `{data}`, images of {size}x{size} pixels.
+
+Validation after {step} steps:
+
+| metric | value |
+|---|---|
+{rows}
+
+```python
+import models
+
+model = models.load("path/or/hub-id")  # takes uint8 images [B, C, {size}, {size}], returns logits
+```
+
+The config of the run (`scripts/train.py --config`):
+
+```yaml
+{options}```
+"""

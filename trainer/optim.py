@@ -1,0 +1,74 @@
+"""Optimizers, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.errors import ConfigError
+from configs.options import Config
+
+
+def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+    """One optimizer; for muon two: it takes the matrices, AdamW the rest. No decay for biases and norms."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ConfigError(f"--model {config.model} has no parameter to train")
+    fused: Any = {"fused": True} if parameters[0].device.type in ("cpu", "cuda", "mps") else {}
+    decay = config.weight_decay
+    if config.optimizer == "sgd":
+        nesterov = config.momentum > 0
+        return [torch.optim.SGD(groups(parameters, decay), config.lr, config.momentum, nesterov=nesterov, **fused)]
+    if config.optimizer == "adam":
+        return [torch.optim.Adam(groups(parameters, decay), config.lr, **fused)]
+    if config.optimizer == "adamw":
+        return [torch.optim.AdamW(groups(parameters, decay), config.lr, **fused)]
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(f"torch {torch.__version__} has no Muon", fix="upgrade torch, or take --optimizer adamw")
+    matrices = [p for p in parameters if p.ndim == 2]
+    others = [p for p in parameters if p.ndim != 2]
+    if not matrices:
+        raise ConfigError(f"--optimizer muon needs weight matrices, and {config.model} has none")
+    muon = torch.optim.Muon(
+        matrices, config.lr, decay, config.momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
+    )  # the same lr as for AdamW then fits (Liu et al. 2025, "Muon is scalable")
+    return [muon, torch.optim.AdamW(groups(others, decay), config.lr, **fused)] if others else [muon]
+
+
+def groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Vectors and scalars (biases, norms) get no weight decay."""
+    found = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in found if group["params"]]
+
+
+def lr_factor(step: int, config: Config, *, total_steps: int, steps_per_epoch: int) -> float:
+    """What the peak learning rate is multiplied by in the update that follows `step` updates.
+
+    cosine and one_cycle are those of torch (one_cycle: 30 % up from 1/25, then down to 4e-6, all cosine);
+    step and exponential fall by --decay_factor every --decay_epochs epochs, or smoothly every epoch.
+    """
+    warmup = config.warmup_steps
+    if config.scheduler == "one_cycle":
+        up = (warmup or 0.3 * total_steps) - 1
+        if step <= up:
+            return cosine_between(1 / 25, 1.0, step / up if up else 1.0)
+        return cosine_between(1.0, 1 / 25e4, (step - up) / max(1e-9, total_steps - 1 - up))
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.scheduler == "cosine":
+        return cosine_between(1.0, 0.0, (step - warmup) / max(1, total_steps - warmup))
+    if config.scheduler == "step":
+        return config.decay_factor ** (step // steps_per_epoch // config.decay_epochs)
+    if config.scheduler == "exponential":
+        return config.decay_factor ** (step / steps_per_epoch)
+    return 1.0
+
+
+def cosine_between(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * min(1.0, max(0.0, share)))) / 2

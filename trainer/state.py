@@ -1,0 +1,33 @@
+"""Where a run stands: plain numbers, saved as state.json. Order and randomness follow from them and the config."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from trainer.metrics import Sums
+from trainer.monitor import Progress
+
+
+@dataclass
+class TrainState:
+    step: int = 0  # optimizer updates done in the run
+    epoch: int = 0  # epochs done
+    step_in_epoch: int = 0
+    epoch_sums: Sums = field(default_factory=dict)  # since the epoch began
+    window_sums: Sums = field(default_factory=dict)  # since the last log line
+    monitor: Progress = field(default_factory=Progress)
+    plateau: Progress = field(default_factory=Progress)
+    plateau_factor: float = 1.0
+    best_steps: list[tuple[float, int]] = field(default_factory=list)  # (value, step) of the best checkpoints
+    cpu_threads: int = 1
+    wandb_id: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainState:
+        progress = {name: Progress(**values[name]) for name in ("monitor", "plateau")}
+        best_steps = [(value, step) for value, step in values["best_steps"]]
+        return cls(**(values | progress | {"best_steps": best_steps}))

@@ -1,0 +1,88 @@
+"""TensorBoard and Weights & Biases, each in a thread of its own: one that fails or hangs never stops a run."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from pathlib import Path
+from typing import Any
+
+FINISH_SECONDS = 60.0
+
+
+class Tracker:
+    """Takes lines from a queue and hands them to a backend, which is made in the thread as well."""
+
+    def __init__(self, name: str, open_backend: Any):
+        self.name, self.failed = name, False
+        self._lines: queue.Queue[Any] = queue.Queue(maxsize=10_000)
+        self._thread = threading.Thread(target=self._work, args=(open_backend,), daemon=True, name=f"tracker-{name}")
+        self._thread.start()
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        if not self.failed:
+            try:
+                self._lines.put_nowait((values, step))
+            except queue.Full:
+                self._give_up("it has not taken a line for long")
+
+    def finish(self, best: Path | None) -> None:
+        """Hand over the best model, write what is left, and wait for it, but not for ever."""
+        if self.failed:
+            return
+        self._lines.put((best, None))
+        self._thread.join(FINISH_SECONDS)
+        if self._thread.is_alive():
+            self._give_up(f"it did not finish in {FINISH_SECONDS:.0f} s")
+
+    def _work(self, open_backend: Any) -> None:
+        try:
+            backend = open_backend()
+            while True:
+                values, step = self._lines.get()
+                if step is None:
+                    return backend.finish(values)
+                backend.log(values, step)
+        except Exception as error:  # whatever a tracker raises, the run goes on
+            self._give_up(f"{type(error).__name__}: {error}")
+
+    def _give_up(self, reason: str) -> None:
+        if not self.failed:
+            self.failed = True
+            print(f"warning: {self.name} stopped ({reason[:200]}); the run goes on, metrics.jsonl is complete", flush=True)
+
+
+class TensorBoard:
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder))
+        self.writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def finish(self, best: Path | None) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    def __init__(self, folder: Path, config: dict[str, Any], project: str, name: str, run_id: str):
+        import wandb
+
+        self.run = wandb.init(
+            project=project, name=name, id=run_id, resume="allow", config=config, dir=str(folder),
+            settings=wandb.Settings(silent=True),
+        )  # fmt: skip
+        self.artifact = wandb.Artifact(f"model-{run_id}", type="model")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        # an own step axis: wandb drops what goes back, as a resumed run does
+        self.run.log({**values, "step": step})
+
+    def finish(self, best: Path | None) -> None:
+        if best is not None and best.is_dir():
+            self.artifact.add_dir(str(best))
+            self.run.log_artifact(self.artifact)
+        self.run.finish()
