@@ -66,7 +66,7 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimOptions:
-    epochs: int = 15
+    epochs: int = 20
     """Passes over the training data."""
     max_steps: int | None = None
     """Train for exactly this many optimizer steps, whatever `--epochs` says."""
@@ -76,7 +76,7 @@ class OptimOptions:
     """Samples a process computes at once; a larger batch is accumulated from several."""
     optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
     """sgd has Nesterov momentum; muon takes the weight matrices, adamw the rest."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Peak learning rate."""
     momentum: float = 0.9
     """Momentum of sgd and muon."""

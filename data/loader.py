@@ -80,12 +80,14 @@ def train_loader(config: Config, data: Data, process: int = 0, processes: int = 
     return OrderedLoader(ImageDataset(data.train.source, transform), order, workers(config, data.train))
 
 
-def eval_loader(config: Config, data: Data, split: Split, process: int = 0, processes: int = 1) -> OrderedLoader:
+def eval_loader(
+    config: Config, split: Split, image_size: int, process: int = 0, processes: int = 1
+) -> OrderedLoader:
     """Every sample once."""
     order = EvalOrder(split.ids, micro_batch_size=config.micro_batch_size, process=process, processes=processes)
-    source, size = split.source, data.image_size
-    ready = isinstance(source, TensorSource) and source.images_NCHW.shape[2:] == (size, size)
-    dataset = ImageDataset(source, None if ready else eval_transform(size))
+    source = split.source
+    ready = isinstance(source, TensorSource) and source.images_NCHW.shape[2:] == (image_size, image_size)
+    dataset = ImageDataset(source, None if ready else eval_transform(image_size))
     return OrderedLoader(dataset, order, workers(config, split))
 
 

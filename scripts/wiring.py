@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from configs.errors import ConfigError
 from configs.options import Config, nearest
@@ -73,14 +71,10 @@ def build_trainer(config: Config) -> tuple[BaseTrainer, Data, list[str]]:
         config,
         model,
         train_loader(config, data, process, processes),
-        eval_loader(config, data, data.val, process, processes) if data.val else None,
+        eval_loader(config, data.val, data.image_size, process, processes) if data.val else None,
         accelerator=accelerator,
     )
     return trainer, data, [line] if line else []
-
-
-def processes_of(accelerator: Accelerator) -> dict[str, Any]:
-    return {"process": accelerator.process_index, "processes": accelerator.num_processes}
 
 
 def device_name(device: torch.device) -> str:

@@ -1,0 +1,49 @@
+"""Metrics of trained weights on one split."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import models
+from configs.errors import DataError
+from configs.options import Config
+from data.dataset import Split, load_data, whole
+from data.loader import eval_loader
+from data.sources import FolderSource
+from scripts.wiring import TRAINERS
+from trainer.device import make_accelerator
+
+
+def measure(config: Config, weights: str, part: str) -> dict[str, float] | None:
+    """Metrics on the main process, None on the others. The model's config.json says how to feed it."""
+    model = models.load(weights)
+    accelerator = make_accelerator(config)
+    split = open_split(config, model, part)
+    # the weights are what best/ and ema.safetensors hold: averaged already; and no run is continued here
+    plain = replace(config, ema_decay=0.0, experiment_name=None, resume="auto", compile=False, optimizer="adamw")
+    trainer = TRAINERS[model.task](plain, model, accelerator=accelerator)
+    size = model.image_size or config.image_size or 224
+    loader = eval_loader(config, split, size, accelerator.process_index, accelerator.num_processes)
+    metrics = trainer.validate_epoch(loader) | {"samples": len(split)}
+    return metrics if accelerator.is_main_process else None
+
+
+def open_split(config: Config, model: models.BaseModel, part: str) -> Split:
+    """The split to measure on. Raises DataError where there is none, or where its classes are not the model's."""
+    channels = len(model.mean_C11)
+    if part == "test" and config.test_data_dir:
+        return whole(FolderSource(Path(config.test_data_dir), 1 if channels == 1 else 3, model.classes))
+    data = load_data(replace(config, channels=1 if channels == 1 else 3))
+    if data.classes != model.classes:
+        raise DataError(
+            f"the data have the classes {', '.join(data.classes[:5])} ..., the model {', '.join(model.classes[:5])} ...",
+            where=data.name,
+            fix="give the data that the model was trained for",
+        )
+    split = {"train": data.train, "val": data.val, "test": data.test}[part]
+    if split is None:
+        raise DataError(
+            f"there is no {part} split", where=data.name, fix="give --test_data_dir DIR, or measure --on val"
+        )
+    return split

@@ -1,0 +1,81 @@
+"""Files in, rows of predictions out."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+import models
+from configs.arguments import make_config
+from configs.errors import DataError
+from data.decode import open_image, to_tensor
+from data.transforms import eval_transform
+from scripts.wiring import TRAINERS
+
+Row = dict[str, Any]
+
+
+def predict_files(weights: str, inputs: list[Path], batch_size: int) -> Iterator[Row]:
+    """A row for each image: path, label, probability; or path and error for a file that is no image."""
+    model = models.load(weights)
+    trainer = TRAINERS[model.task](make_config(task=model.task), model)
+    transform, channels = eval_transform(model.image_size or 224), len(model.mean_C11)
+    paths = list(image_files(inputs))
+    bar = tqdm(total=len(paths), unit="image", disable=None)
+    remaining = iter(paths)
+    while chunk := list(islice(remaining, batch_size)):
+        rows: list[Row] = []
+        images = []
+        for path in chunk:
+            rows.append({"path": str(path)})
+            try:
+                images.append(transform(to_tensor(open_image(path, str(path)), channels, str(path))))
+            except DataError as error:
+                rows[-1]["error"] = error.what
+        if images:
+            probabilities_BC = trainer.inference(torch.stack(images)).cpu()
+            good = (row for row in rows if "error" not in row)
+            for row, (probability, number) in zip(good, zip(*(v.tolist() for v in probabilities_BC.max(1)))):
+                row |= {"label": model.classes[number], "probability": round(probability, 6)}
+        bar.update(len(chunk))
+        yield from rows
+    bar.close()
+
+
+def image_files(inputs: list[Path]) -> Iterator[Path]:
+    """Files as they were given; the images of a folder and of those in it, by name."""
+    for path in inputs:
+        if path.is_dir():
+            found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMG_EXTENSIONS]
+            if not found:
+                raise DataError("no images found", where=str(path), fix=f"they end with {', '.join(IMG_EXTENSIONS)}")
+            yield from found
+        elif path.is_file():
+            yield path
+        else:
+            raise DataError("no such file or folder", where=str(path))
+
+
+def write(rows: Iterable[Row], output: Path) -> tuple[int, int]:
+    """Rows as JSON lines or CSV, as they come; how many predictions and how many errors."""
+    counts = {False: 0, True: 0}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w", newline="") as file:
+        table = csv.DictWriter(file, ["path", "label", "probability", "error"])
+        if output.suffix == ".csv":
+            table.writeheader()
+        for row in rows:
+            counts["error" in row] += 1
+            if output.suffix == ".csv":
+                table.writerow(row)
+            else:
+                file.write(json.dumps(row) + "\n")
+    return counts[False], counts[True]
