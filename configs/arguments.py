@@ -52,9 +52,9 @@ def _parse(argv: list[str], prog: str) -> Config:
     early.add_argument("--config")
     early.add_argument("--resume")
     known, _ = early.parse_known_args(flags)
-    path = known.config or config_of_resumed_run(known.resume)
+    path: str | None = known.config or config_of_resumed_run(known.resume)
     yaml_flags = flags_of_yaml(Path(path)) if path else []
-    if yaml_flags:
+    if path and yaml_flags:
         _check_yaml(yaml_flags, path, prog)
     line = tyro.cli(
         CommandLine,
@@ -134,7 +134,11 @@ def _check_yaml(yaml_flags: list[str], path: str, prog: str) -> None:
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             line = tyro.cli(
-                CommandLine, args=yaml_flags, prog=prog, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)
+                CommandLine,
+                args=yaml_flags,
+                prog=prog,
+                use_underscores=True,
+                config=(tyro.conf.OmitArgPrefixes,),
             )
         flatten(line)
     except SystemExit:

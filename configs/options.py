@@ -172,7 +172,9 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
             if getattr(self, name) > 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must be at most 1")
         if self.grad_clip is not None and not 0 < self.grad_clip < float("inf"):
-            raise ConfigError(f"--grad_clip is {self.grad_clip}: it must be above 0", fix="leave it out for no clipping")
+            raise ConfigError(
+                f"--grad_clip is {self.grad_clip}: it must be above 0", fix="leave it out for no clipping"
+            )
         if min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6:
             raise ConfigError(
                 f"--split is {' '.join(map(str, self.split))}: three shares from 0 on that sum to 1, not {sum(self.split):g}"
@@ -195,7 +197,9 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
                 f"--resume {self.resume} names a run, and so does --experiment_name {self.experiment_name}",
                 fix="leave one of them out",
             )
-        if self.experiment_name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", self.experiment_name):
+        if self.experiment_name is not None and not re.fullmatch(
+            r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", self.experiment_name
+        ):
             raise ConfigError(
                 f"--experiment_name {self.experiment_name!r} is no safe folder name",
                 fix="use at most 100 letters, digits, '.', '_' and '-', the first a letter, a digit or '_'",

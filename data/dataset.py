@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from configs.dataset_info import IMAGENET_MEAN, IMAGENET_STD, DatasetInfo, find_dataset_info
+from configs.dataset_info import DATASETS, IMAGENET_MEAN, IMAGENET_STD, DatasetInfo, find_dataset_info
 from configs.errors import DataError
 from configs.options import Config, nearest
 from data.embedded import load_digits
@@ -125,16 +125,24 @@ def folder_splits(config: Config) -> dict[str, Split]:
 def hub_splits(config: Config, info: DatasetInfo | None) -> dict[str, Split]:
     """The splits of a Hugging Face dataset, from a local folder or the hub."""
     parts = open_hub_dataset(config.dataset, info)
-    names = {"train": "train", "validation": "val", "val": "val", "valid": "val", "dev": "val", "test": "test"}
+    names = {
+        "train": "train",
+        "validation": "val",
+        "val": "val",
+        "valid": "val",
+        "dev": "val",
+        "test": "test",
+    }
     if "train" not in parts:
         raise DataError(f"no train split, only {', '.join(parts)}", where=config.dataset)
     train = parts["train"]
     if not len(train):
         raise DataError("the train split is empty", where=config.dataset)
-    image = image_column(train, config.image_column or (info and info.image_column), config.dataset)
-    label = label_column(train, config.label_column or (info and info.label_column), config.dataset)
+    known = info or DatasetInfo()
+    image = image_column(train, config.image_column or known.image_column, config.dataset)
+    label = label_column(train, config.label_column or known.label_column, config.dataset)
     classes = classes_of(train, label, config.dataset)
-    channels = config.channels or (info and info.channels)
+    channels = config.channels or (info.channels if info else None)
     splits: dict[str, Split] = {}
     for part, dataset in sorted(parts.items(), key=lambda item: item[0] != "train"):
         if part in names and len(dataset):
@@ -150,6 +158,12 @@ def open_hub_dataset(name: str, info: DatasetInfo | None) -> dict[str, Any]:
 
     folder = Path(name)
     known = (info and info.hub_id) or name
+    if not folder.exists() and "/" not in known:
+        raise DataError(
+            f"no dataset is called {name!r}",
+            where="--dataset",
+            fix=f"a local folder, a hub id (user/name), or a name: {nearest(name, [*SOURCES, *DATASETS])}",
+        )
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             loaded = datasets.load_from_disk(name)
@@ -157,11 +171,10 @@ def open_hub_dataset(name: str, info: DatasetInfo | None) -> dict[str, Any]:
             loaded = datasets.load_dataset(name if folder.is_dir() else known)
     except Exception as error:  # of many libraries: network, files, formats
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        local = nearest(name, list(SOURCES))
         raise DataError(
             f"cannot open the dataset: {lines[0][:300]}",
             where=f"--dataset {name}",
-            fix=f"give a local folder, a hub id (with a network), or an embedded name; {local}",
+            fix="give a local folder that holds a dataset, or a hub id while the network is there",
         ) from None
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
@@ -186,12 +199,12 @@ def chosen_column(dataset: Any, wanted: str | None, found: list[str], kind: str,
     columns = list(dataset.features)
     if wanted and wanted not in columns:
         raise DataError(
-            f"no column {wanted!r}", where=name, fix=f"--{kind}_column: {nearest(wanted, columns)} (of {', '.join(columns)})"
+            f"no column {wanted!r}",
+            where=name,
+            fix=f"--{kind}_column: {nearest(wanted, columns)} (of {', '.join(columns)})",
         )
     if not wanted and not found:
-        raise DataError(
-            f"no {kind} column among {', '.join(columns)}", where=name, fix=f"name it with --{kind}_column"
-        )
+        raise DataError(f"no {kind} column among {', '.join(columns)}", where=name, fix=f"name it with --{kind}_column")
     return wanted or found[0]
 
 
@@ -218,7 +231,9 @@ def check_splits(splits: dict[str, Split], name: str) -> None:
     for part, split in splits.items():
         if not len(split):
             raise DataError(
-                f"the {part} split is empty", where=name, fix="give more data, or larger shares with --split A B C"
+                f"the {part} split is empty",
+                where=name,
+                fix="give more data, or larger shares with --split A B C",
             )
         labels = split.source.labels[split.ids]
         wrong = np.flatnonzero((labels < 0) | (labels >= classes))

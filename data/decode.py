@@ -36,7 +36,9 @@ def to_tensor(image: Image.Image, channels: int, name: str) -> torch.Tensor:
         wide = np.asarray(image).astype(np.int64)
         image = Image.fromarray(np.clip(wide >> 8 if wide.max(initial=0) > 255 else wide, 0, 255).astype(np.uint8))
     elif image.mode == "F":
-        raise DataError("an image of floating-point values has no known range", where=name, fix="save it as 8 or 16 bit")
+        raise DataError(
+            "an image of floating-point values has no known range", where=name, fix="save it as 8 or 16 bit"
+        )
     if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
         picture = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

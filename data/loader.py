@@ -80,9 +80,7 @@ def train_loader(config: Config, data: Data, process: int = 0, processes: int = 
     return OrderedLoader(ImageDataset(data.train.source, transform), order, workers(config, data.train))
 
 
-def eval_loader(
-    config: Config, split: Split, image_size: int, process: int = 0, processes: int = 1
-) -> OrderedLoader:
+def eval_loader(config: Config, split: Split, image_size: int, process: int = 0, processes: int = 1) -> OrderedLoader:
     """Every sample once."""
     order = EvalOrder(split.ids, micro_batch_size=config.micro_batch_size, process=process, processes=processes)
     source = split.source

@@ -70,7 +70,14 @@ class TrainOrder:
     """
 
     def __init__(
-        self, ids: np.ndarray, *, seed: int, batch_size: int, micro_batch_size: int, process: int = 0, processes: int = 1
+        self,
+        ids: np.ndarray,
+        *,
+        seed: int,
+        batch_size: int,
+        micro_batch_size: int,
+        process: int = 0,
+        processes: int = 1,
     ):
         if batch_size % processes:
             raise ValueError(f"a global batch of {batch_size} samples cannot be shared by {processes} processes")
@@ -99,7 +106,12 @@ class EvalOrder:
     """Every sample once, shared out over the processes, as many micro-batches on each."""
 
     def __init__(self, ids: np.ndarray, *, micro_batch_size: int, process: int = 0, processes: int = 1):
-        self.ids, self.micro_batch_size, self.process, self.processes = ids, micro_batch_size, process, processes
+        self.ids, self.micro_batch_size, self.process, self.processes = (
+            ids,
+            micro_batch_size,
+            process,
+            processes,
+        )
 
     def __len__(self) -> int:
         return -(-len(self.ids) // (self.micro_batch_size * self.processes))

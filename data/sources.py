@@ -44,12 +44,15 @@ class FolderSource:
         from torchvision.datasets.folder import IMG_EXTENSIONS
 
         if not root.is_dir():
-            raise DataError("no such folder of images", where=str(root), fix="it holds one subfolder a class, with images")
+            raise DataError(
+                "no such folder of images", where=str(root), fix="it holds one subfolder a class, with images"
+            )
         found = sorted(folder.name for folder in root.iterdir() if folder.is_dir() and folder.name[0] != ".")
         self.classes = classes or found
         if strange := [name for name in found if name not in self.classes]:
             raise DataError(
-                f"class folder {strange[0]!r} is none of the {len(self.classes)} training classes", where=str(root)
+                f"class folder {strange[0]!r} is none of the {len(self.classes)} training classes",
+                where=str(root),
             )
         numbers = {name: number for number, name in enumerate(self.classes)}
         self.paths = [
@@ -75,7 +78,13 @@ class ArrowSource:
     in_memory = False
 
     def __init__(
-        self, dataset: Any, image_column: str, label_column: str, name: str, channels: int | None, classes: list[str]
+        self,
+        dataset: Any,
+        image_column: str,
+        label_column: str,
+        name: str,
+        channels: int | None,
+        classes: list[str],
     ):
         from datasets import Image as ImageFeature
 
@@ -114,5 +123,7 @@ def classes_of(dataset: Any, label_column: str, name: str) -> list[str]:
     if values.dtype.kind in "OSU" and all(isinstance(value, str) for value in values.tolist()):
         return sorted(set(values.tolist()))
     raise DataError(
-        f"column {label_column!r} holds {feature}, no class labels", where=name, fix="name another one with --label_column"
+        f"column {label_column!r} holds {feature}, no class labels",
+        where=name,
+        fix="name another one with --label_column",
     )

@@ -18,7 +18,10 @@ def train_transform(config: Config, image_size: int, horizontal_flip: bool) -> v
     if config.augment == "none":
         steps = eval_steps(image_size)
     elif image_size <= SMALL:
-        steps = [v2.Resize((image_size, image_size)), v2.RandomCrop(image_size, padding=max(1, image_size // 8))]
+        steps = [
+            v2.Resize((image_size, image_size)),
+            v2.RandomCrop(image_size, padding=max(1, image_size // 8)),
+        ]
     else:
         steps = [v2.RandomResizedCrop(image_size)]
     if config.augment != "none" and horizontal_flip:

@@ -64,7 +64,13 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
         """Called by itself once the model is built, before any pretrained weights are loaded."""
 
     def describe(
-        self, *, task: str, classes: list[str], image_size: int, mean: tuple[float, ...], std: tuple[float, ...]
+        self,
+        *,
+        task: str,
+        classes: list[str],
+        image_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
     ) -> None:
         """Tell the model what it is trained on; it is saved with it. mean and std are for pixels of 0..1."""
         self.task, self.classes, self.image_size = task, list(classes), image_size
@@ -104,19 +110,20 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
         """config.json, then model.safetensors; each appears whole, the weights last."""
         replace_file(save_directory / "config.json", lambda file: file.write_text(json.dumps(self.config(), indent=2)))
         replace_file(
-            save_directory / "model.safetensors", lambda file: save_model(self, str(file), metadata={"format": "pt"})
+            save_directory / "model.safetensors",
+            lambda file: save_model(self, str(file), metadata={"format": "pt"}),
         )
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]
-        cls, *, model_id: str, config: dict[str, Any] | None = None, **options: Any
-    ) -> Self:
+    def _from_pretrained(cls, *, model_id: str, config: dict[str, Any] | None = None, **options: Any) -> Self:
         """Built from config.json, loaded strictly, in evaluation mode."""
         if config is None:
             raise ModelError(f"no config.json at {model_id}: not a model saved by this project")
         weights = Path(model_id, "model.safetensors")
         if not Path(model_id).is_dir():
-            where = {key: options[key] for key in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
+            where = {
+                key: options[key] for key in ("revision", "cache_dir", "force_download", "local_files_only", "token")
+            }
             weights = Path(hf_hub_download(model_id, "model.safetensors", **where))
         return cls.from_config(config, weights)
 

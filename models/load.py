@@ -25,7 +25,9 @@ def load(path_or_id: str) -> BaseModel:
 
 
 def load_from_hub(repository: str) -> BaseModel:
-    looks_like_a_path = repository.count("/") != 1 or repository.startswith((".", "/")) or repository.endswith(".safetensors")
+    looks_like_a_path = (
+        repository.count("/") != 1 or repository.startswith((".", "/")) or repository.endswith(".safetensors")
+    )
     if looks_like_a_path:
         raise ModelError(f"{repository} does not exist: give a run, a checkpoint, a best/ folder, a file or a hub id")
     try:
@@ -71,7 +73,9 @@ def load_weights_into(model: BaseModel, path_or_id: str) -> None:
         if key not in state or state[key].shape != value.shape
     ] + [f"{key}: unexpected" for key in state if key not in own]
     if misfits:
-        raise ModelError(f"{path_or_id} does not fit {model.name}, {len(misfits)} tensors differ: {'; '.join(misfits[:3])}")
+        raise ModelError(
+            f"{path_or_id} does not fit {model.name}, {len(misfits)} tensors differ: {'; '.join(misfits[:3])}"
+        )
     model.load_state_dict(state)
 
 

@@ -43,4 +43,8 @@ class SimpleCNN(BaseModel):
 
 
 def conv_block(width_in: int, width: int) -> list[nn.Module]:
-    return [nn.Conv2d(width_in, width, 3, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU(inplace=True)]
+    return [
+        nn.Conv2d(width_in, width, 3, padding=1, bias=False),
+        nn.GroupNorm(8, width),
+        nn.ReLU(inplace=True),
+    ]

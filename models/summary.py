@@ -41,6 +41,9 @@ def cost(model: nn.Module, channels: int, image_size: int, batch_size: int) -> t
             kept[id(tensor.untyped_storage())] = tensor
         return tensor
 
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
+    ):
         ghost(images_BCHW)
     return counter.get_total_flops() / batch_size, sum(t.untyped_storage().nbytes() for t in kept.values())

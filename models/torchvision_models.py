@@ -32,7 +32,7 @@ class TorchvisionClassifier(BaseModel):
         if isinstance(self.net, torchvision_models.ResNet) and image_size < SMALL:
             # He et al. 2016, section 4.2: 3x3 with stride 1 and no pooling for small images
             self._replace("conv1", kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
-            self.net.maxpool = nn.Identity()  # type: ignore[assignment]
+            self.net.maxpool = nn.Identity()
         if in_channels != 3:
             first = next(name for name, module in self.net.named_modules() if isinstance(module, nn.Conv2d))
             self._replace(first, in_channels=in_channels)

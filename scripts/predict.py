@@ -30,7 +30,10 @@ def main(argv: list[str]) -> int:
 
         rows = predict_files(arguments.weights, arguments.inputs, arguments.batch_size)
         written, failed = write(rows, arguments.output)
-        print(f"{written} predictions written to {arguments.output}" + (f", {failed} files could not be read" if failed else ""))
+        print(
+            f"{written} predictions written to {arguments.output}"
+            + (f", {failed} files could not be read" if failed else "")
+        )
         return 0
     except Exception as error:
         return fail(error, debug=arguments.debug)

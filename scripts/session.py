@@ -33,7 +33,11 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     splits = [("train", data.train), ("validation", data.val), ("test", data.test)]
     sizes = " · ".join(f"{name} {len(split):,}" for name, split in splits if split)
     dropped = len(data.train) % config.batch_size
-    length = f"{config.max_steps:,} steps" if config.max_steps else f"{config.epochs} epochs of {trainer.steps_per_epoch:,} steps"
+    length = (
+        f"{config.max_steps:,} steps"
+        if config.max_steps
+        else f"{config.epochs} epochs of {trainer.steps_per_epoch:,} steps"
+    )
     accumulated = -(-trainer.batch_share // micro)
     print(f"run       {trainer.run.path}")
     print(f"model     {config.model}: {summarize(trainer.plain_model, data.info.channels, data.image_size, micro)}")
@@ -43,7 +47,10 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
         f"training  {length}, batch {config.batch_size} = {accelerator.num_processes} process(es) x {accumulated} x {micro}"
         + (f"; {dropped} samples sit out each epoch" if dropped else "")
     )
-    print(f"          {config.optimizer}, lr {config.lr:g}, {config.scheduler}" + (f", ema {config.ema_decay:g}" if trainer.ema else ""))
+    print(
+        f"          {config.optimizer}, lr {config.lr:g}, {config.scheduler}"
+        + (f", ema {config.ema_decay:g}" if trainer.ema else "")
+    )
     print(
         f"machine   {device_name(trainer.device)}, precision {accelerator.mixed_precision}, "
         f"{trainer.state.cpu_threads} thread(s)"

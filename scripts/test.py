@@ -18,7 +18,10 @@ from configs.arguments import parse
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="test.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="test.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--weights", required=True, help="what to measure")
     parser.add_argument("--on", choices=("test", "val", "train"), default="test", help="the split (default: test)")

@@ -51,7 +51,11 @@ def build_model(config: Config, data: Data) -> BaseModel:
         dropout=config.dropout,
     )
     model.describe(
-        task=config.task, classes=data.classes, image_size=data.image_size, mean=data.info.mean, std=data.info.std
+        task=config.task,
+        classes=data.classes,
+        image_size=data.image_size,
+        mean=data.info.mean,
+        std=data.info.std,
     )
     if config.weights:
         load_weights_into(model, config.weights)

@@ -18,7 +18,7 @@ from uuid import uuid4
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.errors import ConfigError, DataError, Diverged, UserError
 from configs.options import Config
@@ -30,7 +30,7 @@ from trainer.losses import Criterion, Losses, Weights, total
 from trainer.metrics import Meter, means
 from trainer.model_card import model_card
 from trainer.monitor import check_monitor, higher_is_better
-from trainer.optim import build_optimizers, lr_factor
+from trainer.optim import build_optimizers, clip_gradients, lr_factor
 from trainer.progress import Clock, EpochBar, Table
 from trainer.state import TrainState
 from trainer.trackers import TensorBoard, Tracker, WeightsAndBiases
@@ -114,7 +114,7 @@ class BaseTrainer(ABC):
         self.loss_weights: Weights = None
         reduce = (lambda tensor: self.accelerator.reduce(tensor, "sum")) if processes > 1 else None
         self.reduce = reduce
-        self.meter = Meter(reduce)
+        self.meter = Meter(self.hits, reduce)
         self.grad_norm: Tensor | None = None
         self.window = Window([], [], 0)
         self.clock = Clock()
@@ -150,6 +150,14 @@ class BaseTrainer(ABC):
         """What a mean loss is a mean over: samples. Masked or weighted losses count something else."""
         return 0 if "valid" in batch else len(next(iter(batch.values())))
 
+    def kept(self, predictions: Any, batch: Batch) -> tuple[Tensor, ...]:
+        """What `hits` needs of each sample, tensors [B, ...]; kept on the device until the next log line."""
+        return ()
+
+    def hits(self, *kept: Any) -> dict[str, Tensor]:
+        """Training metrics of many steps at once: bool [N] by name."""
+        return {}
+
     def val_metric_names(self) -> list[str]:
         """The keys that `validate_epoch` will return, for --monitor."""
         return ["loss"]
@@ -159,7 +167,9 @@ class BaseTrainer(ABC):
     def train(self) -> dict[str, Any]:
         """Train to the end of the config, or to a stop; what status.json says of it."""
         if self.train_loader is None:
-            raise DataError("there is no train_loader to train on", fix="Trainer(config, model, train_loader, val_loader)")
+            raise DataError(
+                "there is no train_loader to train on", fix="Trainer(config, model, train_loader, val_loader)"
+            )
         check_monitor(self.config, self.val_metric_names() if self.val_loader is not None else ["loss", "accuracy"])
         if self.is_main:
             print(*self.messages, sep="\n", end="\n" if self.messages else "")
@@ -243,8 +253,17 @@ class BaseTrainer(ABC):
     def standing(self) -> dict[str, Any]:
         """Step, epoch and the best evaluation so far."""
         best = self.state.monitor
-        found = {"metric": self.config.monitor, "value": best.best, "step": best.best_step, "epoch": best.best_epoch}
-        return {"step": self.state.step, "epoch": self.state.epoch, "best": found if best.best is not None else None}
+        found = {
+            "metric": self.config.monitor,
+            "value": best.best,
+            "step": best.best_step,
+            "epoch": best.best_epoch,
+        }
+        return {
+            "step": self.state.step,
+            "epoch": self.state.epoch,
+            "best": found if best.best is not None else None,
+        }
 
     # ---- under the loop: windows, one step, what is logged ------------------------------------------------
 
@@ -287,7 +306,8 @@ class BaseTrainer(ABC):
         """Each micro-batch on the device, with the generators seeded by its place, ready for `optimize`."""
         self.window = window
         offset = self.accelerator.process_index * self.batch_share
-        for window.number, batch in enumerate(window.batches):
+        for number, batch in enumerate(window.batches):
+            window.number = number
             batch["offset"] = offset
             offset += len(next(iter(batch.values())))
             seed_device(mix(self.config.seed, Use.STEP, self.state.step, batch["offset"]), self.device)
@@ -322,14 +342,15 @@ class BaseTrainer(ABC):
         if config.grad_clip is not None:
             if self.scaler is not None:
                 self.accelerator.unscale_gradients()
-            self.grad_norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+            self.grad_norm = clip_gradients(self.parameters, config.grad_clip)
         self.lr = config.lr * self.lr_factor()
         # the prepared optimizer looks for an optional package at every step (139 us): needed for its scaler only
         for optimizer in self.optimizers if self.scaler is None else self.prepared_optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr
             optimizer.step()
-            optimizer.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None
         state.step += 1
         state.step_in_epoch += 1
         self.session_steps += 1
@@ -427,7 +448,11 @@ class BaseTrainer(ABC):
         if self.ema is not None:
             file = self.resume_from / "ema.safetensors"
             if not file.is_file():
-                raise UserError("the checkpoint has no averaged weights", where=str(file), fix="continue without --ema_decay")
+                raise UserError(
+                    "the checkpoint has no averaged weights",
+                    where=str(file),
+                    fix="continue without --ema_decay",
+                )
             self.ema.load_state_dict(load_file(file, device=str(self.device)))
         if self.is_main:
             print(f"continuing {self.run.path} after step {self.state.step} (epoch {self.state.epoch + 1})")
@@ -451,7 +476,10 @@ class BaseTrainer(ABC):
         if self.is_main and config.use_wandb:
             path, key = self.run.path, self.state.wandb_id
             self.trackers.append(
-                Tracker("W&B", lambda: WeightsAndBiases(path, asdict(config), config.wandb_project, path.name, key))
+                Tracker(
+                    "W&B",
+                    lambda: WeightsAndBiases(path, asdict(config), config.wandb_project, path.name, key),
+                )
             )
 
     # ---- small things of the start ------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
 
     Raises UserError where there are checkpoints and none holds: starting from zero would lose the run.
     """
-    damaged = []
+    damaged: list[str] = []
     for folder in reversed(all_checkpoints(checkpoints)):
         wrong = fault(folder)
         if wrong is None:

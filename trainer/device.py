@@ -25,7 +25,9 @@ def make_accelerator(config: Config) -> Accelerator:
             fix="take --mixed_precision bf16 or no",
         )
     if wanted == "bf16" and torch.cuda.is_available() and not use_cpu and not torch.cuda.is_bf16_supported():
-        raise ConfigError(f"{torch.cuda.get_device_name()} cannot compute in bf16", fix="take --mixed_precision fp16 or no")
+        raise ConfigError(
+            f"{torch.cuda.get_device_name()} cannot compute in bf16", fix="take --mixed_precision fp16 or no"
+        )
     try:
         accelerator = Accelerator(cpu=use_cpu, mixed_precision=precision)
     except ValueError as error:  # a second trainer of another precision in one process

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from configs.errors import UserError
@@ -34,8 +35,8 @@ def combine(criterion: Criterion, outputs: Any, targets: Any, weights: Weights =
         loss = criterion(outputs, targets)
         return loss if weights is None else loss * weights
     values = {name: loss(output, target) for name, (loss, output, target) in parts.items()}
-    total = sum(factors[name] * value for name, value in values.items())
-    return {"loss": total} | {f"loss/{name}": value.detach() for name, value in values.items()}  # type: ignore[dict-item]
+    weighted = torch.stack([factors[name] * value for name, value in values.items()]).sum()
+    return {"loss": weighted} | {f"loss/{name}": value.detach() for name, value in values.items()}
 
 
 def total(losses: Losses) -> Tensor:
@@ -74,7 +75,9 @@ def spread(values: Any, count: int, kind: str) -> Sequence[Any]:
 def part_names(criterion: Sequence[Loss]) -> list[str]:
     """The class or function name of each loss, numbered where it comes twice."""
     plain = [getattr(loss, "__name__", type(loss).__name__) for loss in criterion]
-    return [name if plain.count(name) == 1 else f"{name}_{plain[:place].count(name)}" for place, name in enumerate(plain)]
+    return [
+        name if plain.count(name) == 1 else f"{name}_{plain[:place].count(name)}" for place, name in enumerate(plain)
+    ]
 
 
 def by_name(weights: Weights, names: list[str]) -> dict[str, float]:

@@ -29,12 +29,14 @@ class MainTrainer(BaseTrainer):
     def train_epoch(self, train_loader: Iterable[Any]) -> dict[str, float]:
         self.model.train()
         self.clock = Clock()
-        bar = EpochBar(self.state.epoch, self.epochs, self.steps_per_epoch, self.state.step_in_epoch, shown=self.is_main)
+        bar = EpochBar(
+            self.state.epoch, self.epochs, self.steps_per_epoch, self.state.step_in_epoch, shown=self.is_main
+        )
         for window in self.windows(train_loader):  # the micro-batches of one optimizer step
             for batch in self.micro_batches(window):
                 losses, predictions = self.forward_pass(batch)
                 self.optimize(losses)
-                self.meter.add(losses, window.counts[window.number], self.hits(predictions, batch), self.state.step)
+                self.meter.add(losses, window.counts[window.number], self.kept(predictions, batch), self.state.step)
             if self.after_step(bar):
                 break
         bar.close()
@@ -44,14 +46,14 @@ class MainTrainer(BaseTrainer):
     @torch.no_grad()
     def validate_epoch(self, val_loader: Iterable[Any]) -> dict[str, float]:
         self.model.eval()
-        meter, sums = Meter(self.reduce), Sums()
+        meter, sums = Meter(None, self.reduce), Sums()
         metrics = ClassificationMetrics(len(self.plain_model.classes), self.device)
         with self.averaged():
             for item in val_loader:
                 batch = self.on_device(as_dict(item))
                 losses, predictions = self.forward_pass(batch)
                 count = self.count(batch)
-                meter.add(losses, count, {}, self.state.step)
+                meter.add(losses, count, (), self.state.step)
                 if count:  # a stand-in batch keeps processes in step and counts for nothing
                     metrics.update(predictions, batch["labels"])
         meter.read(sums)
@@ -64,9 +66,13 @@ class MainTrainer(BaseTrainer):
         with self.averaged():
             return self.model(inputs.to(self.device)).softmax(1)
 
-    def hits(self, logits_BC: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Which samples were right, bool [B]; under MixUp the label is the sample's own."""
-        return {"accuracy": logits_BC.detach().argmax(1) == batch["labels"]}
+    def kept(self, predictions: Any, batch: Batch) -> tuple[Tensor, ...]:
+        return predictions.detach(), batch["labels"]
+
+    def hits(self, *kept: Any) -> dict[str, Tensor]:
+        """Which samples were right; under MixUp the label is the sample's own."""
+        logits_NC, labels_N = kept
+        return {"accuracy": logits_NC.argmax(1) == labels_N}
 
     def val_metric_names(self) -> list[str]:
         return ["loss", *ClassificationMetrics.names(len(self.plain_model.classes))]

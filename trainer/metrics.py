@@ -23,66 +23,88 @@ def means(sums: Sums) -> dict[str, float]:
 class Meter:
     """Losses and hits since the last reading.
 
-    `add` keeps small tensors and never waits for the device. `read` waits once. Each loss is added to the sums
-    one by one, so that it does not matter to the last bit how often they are read.
+    `add` keeps small tensors and neither computes nor waits for the device. `read` waits once. Each loss is added
+    to the sums one by one, so that it does not matter to the last bit how often they are read.
+
+    hits: from what was kept of each sample to the metrics' hits, bool [B] by name.
     """
 
-    def __init__(self, reduce: Reduce | None = None):
-        self.reduce = reduce
-        self.pending: list[tuple[Losses, Any, dict[str, Tensor], int]] = []
+    KEPT_ELEMENTS = 2**22  # then what was kept is reduced on the device, so that memory stays bounded
 
-    def add(self, losses: Losses, count: Any, hits: dict[str, Tensor], step: int) -> None:
-        """losses: means over `count`; hits: bool [B] by metric name; step: the one that they lead to."""
-        detached = (
-            {name: value.detach() for name, value in losses.items()} if isinstance(losses, dict) else losses.detach()
-        )
-        self.pending.append((detached, count, hits, step))
+    def __init__(self, hits: Callable[..., dict[str, Tensor]] | None = None, reduce: Reduce | None = None):
+        self.hits, self.reduce = hits, reduce
+        self._forget()
+
+    def _forget(self) -> None:
+        self.losses: list[tuple[Losses, Any, int]] = []
+        self.kept: list[tuple[Tensor, ...]] = []
+        self.kept_elements = self.samples = 0
+        self.hit_sums: dict[str, Any] = {}
+
+    def add(self, losses: Losses, count: Any, kept: tuple[Tensor, ...], step: int) -> None:
+        """losses: means over `count`; kept: tensors [B, ...] that hits are found from; step: the one they lead to."""
+        if isinstance(losses, dict):
+            losses = {name: value.detach() for name, value in losses.items()}
+        else:
+            losses = losses.detach()
+        self.losses.append((losses, count, step))
+        if kept:
+            self.kept.append(kept)
+            self.kept_elements += kept[0].numel()
+            if self.kept_elements > self.KEPT_ELEMENTS:
+                self._find_hits()
+
+    def _find_hits(self) -> None:
+        if self.kept and self.hits is not None:
+            for name, hits in self.hits(*map(torch.cat, zip(*self.kept))).items():
+                self.hit_sums[name] = self.hit_sums.get(name, 0) + hits.sum()
+            self.samples += sum(len(kept[0]) for kept in self.kept)
+        self.kept, self.kept_elements = [], 0
 
     def read(self, *sums: Sums) -> None:
         """Add what is pending to each of the sums and forget it. Raises Diverged on a loss that is not finite."""
-        if not self.pending:
+        if not self.losses:
             return
-        pending, self.pending = self.pending, []
-        counts = [count.item() if isinstance(count, Tensor) else count for _, count, _, _ in pending]
+        self._find_hits()
+        pending, samples, hit_sums = self.losses, self.samples, self.hit_sums
+        self._forget()
+        counts = [count.item() if isinstance(count, Tensor) else count for _, count, _ in pending]
         first = pending[0][0]
         names = list(first) if isinstance(first, dict) else ["loss"]
         columns = [
-            torch.stack([losses[name] if isinstance(losses, dict) else losses for losses, _, _, _ in pending]).float()
+            torch.stack([losses[name] if isinstance(losses, dict) else losses for losses, _, _ in pending]).float()
             for name in names
         ]
-        hit_names = list(pending[0][2])
-        hits = [torch.cat([entry[2][name] for entry in pending]).sum() for name in hit_names]
-        samples = sum(len(next(iter(entry[2].values()))) for entry in pending) if hit_names else 0
         if self.reduce is None:
             values = [column.tolist() for column in columns]
-            totals = [float(hit) for hit in hits]
+            totals = [float(hit) for hit in hit_sums.values()]
         else:
             device = columns[0].device
             share = torch.tensor(counts, dtype=torch.float32, device=device)
             rows = torch.stack([column * share for column in columns] + [share])
-            tail = torch.stack([*hits, torch.tensor(samples, device=device)]).float()
+            tail = torch.stack([*hit_sums.values(), torch.tensor(samples, device=device)]).float()
             *values, counts = self.reduce(rows).tolist()
             values = [[value / count if count else 0.0 for value, count in zip(row, counts)] for row in values]
             *totals, samples = self.reduce(tail).tolist()
-        self._refuse_non_finite(names, values, pending)
+        self._refuse_non_finite(names, values, [step for _, _, step in pending])
         for target in sums:
             for name, row in zip(names, values):
                 entry = target.setdefault(name, [0.0, 0])
                 for value, count in zip(row, counts):
                     entry[0] += value * count
                     entry[1] += count
-            for name, hit in zip(hit_names, totals):
+            for name, total in zip(hit_sums, totals):
                 entry = target.setdefault(name, [0.0, 0])
-                entry[0] += hit
+                entry[0] += total
                 entry[1] += samples
 
     @staticmethod
-    def _refuse_non_finite(names: list[str], values: list[list[float]], pending: list[Any]) -> None:
+    def _refuse_non_finite(names: list[str], values: list[list[float]], steps: list[int]) -> None:
         for name, row in zip(names, values):
-            for value, entry in zip(row, pending):
+            for value, step in zip(row, steps):
                 if not math.isfinite(value):
                     raise Diverged(
-                        f"{name} is {value} at step {entry[3]}",
+                        f"{name} is {value} at step {step}",
                         fix="lower --lr, add --warmup_steps or --grad_clip; with fp16 try bf16; look for NaN in the data",
                     )
 

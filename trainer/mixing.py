@@ -34,9 +34,13 @@ def mix_pairs(
     pairs = len(images_BCHW) // 2
     if not pairs:
         return images_BCHW, targets_BC
-    share_P, box_P4 = draw(pairs, images_BCHW.shape[-2:], mixup, cutmix, mix(seed, Use.MIXING, step), offset, batch_size)
+    share_P, box_P4 = draw(
+        pairs, images_BCHW.shape[-2:], mixup, cutmix, mix(seed, Use.MIXING, step), offset, batch_size
+    )
     share_P, box_P4 = share_P.to(images_BCHW.device), box_P4.to(images_BCHW.device)
-    kept_B1HW = kept_shares(share_P, box_P4, images_BCHW.shape[-2:]).repeat_interleave(2, 0)[:, None].to(images_BCHW.dtype)
+    kept_B1HW = (
+        kept_shares(share_P, box_P4, images_BCHW.shape[-2:]).repeat_interleave(2, 0)[:, None].to(images_BCHW.dtype)
+    )
     share_B1 = share_P.repeat_interleave(2)[:, None].to(images_BCHW.dtype)
     even = images_BCHW[: 2 * pairs]
     partner = even.unflatten(0, (pairs, 2)).flip(1).flatten(0, 1)

@@ -47,7 +47,9 @@ class RunFolder:
                 self._samples = (self.path / "samples.jsonl").open("a", buffering=1)
         except OSError as error:
             raise UserError(
-                f"cannot write the run folder: {error.strerror}", where=str(self.path), fix="choose another --output_dir"
+                f"cannot write the run folder: {error.strerror}",
+                where=str(self.path),
+                fix="choose another --output_dir",
             ) from None
 
     def log(self, kind: str, values: dict[str, Any]) -> None:
@@ -118,7 +120,11 @@ def find(config: Config) -> tuple[Path, Path | None, list[str]]:
         if checkpoint.step_of(given) is not None:
             wrong = checkpoint.fault(given)
             if wrong:
-                raise UserError(f"the checkpoint is damaged: {wrong}", where=str(given), fix=f"--resume {given.parent.parent}")
+                raise UserError(
+                    f"the checkpoint is damaged: {wrong}",
+                    where=str(given),
+                    fix=f"--resume {given.parent.parent}",
+                )
             return given.parent.parent, given, []
         newest, lines = checkpoint.newest_valid(given / "checkpoints")
         return given, newest, lines
@@ -130,7 +136,8 @@ def find(config: Config) -> tuple[Path, Path | None, list[str]]:
     newest, lines = checkpoint.newest_valid(path / "checkpoints")
     if config.resume == "never" and path.exists():
         raise ConfigError(
-            f"--resume never, but {path} exists", fix="choose another --experiment_name, or leave --resume out to continue it"
+            f"--resume never, but {path} exists",
+            fix="choose another --experiment_name, or leave --resume out to continue it",
         )
     return path, newest, lines
 
@@ -172,7 +179,11 @@ def environment(device: str, **values: Any) -> dict[str, Any]:
 
 def hide_secret(argument: str) -> str:
     """Tokens never reach a file."""
-    return "***" if argument.startswith("hf_") or "token" in argument.lower() or "://" in argument and "@" in argument else argument
+    return (
+        "***"
+        if argument.startswith("hf_") or "token" in argument.lower() or ("://" in argument and "@" in argument)
+        else argument
+    )
 
 
 def git_commit() -> str | None:

@@ -49,7 +49,10 @@ class Tracker:
     def _give_up(self, reason: str) -> None:
         if not self.failed:
             self.failed = True
-            print(f"warning: {self.name} stopped ({reason[:200]}); the run goes on, metrics.jsonl is complete", flush=True)
+            print(
+                f"warning: {self.name} stopped ({reason[:200]}); the run goes on, metrics.jsonl is complete",
+                flush=True,
+            )
 
 
 class TensorBoard:
