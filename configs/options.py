@@ -105,7 +105,7 @@ class RunOptions:
     output_dir: str = "runs"
     """Folder of the run folders."""
     resume: str = "auto"
-    """`auto` continues the run of this `--experiment_name`, `never` refuses to, a path continues that run or checkpoint."""
+    """`auto` continues the run of `--experiment_name`, `never` refuses to, a path continues that run or checkpoint."""
     seed: int = 0
     """Seed of weights, order, augmentation and dropout."""
     deterministic: bool = False
@@ -177,7 +177,8 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
             )
         if min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6:
             raise ConfigError(
-                f"--split is {' '.join(map(str, self.split))}: three shares from 0 on that sum to 1, not {sum(self.split):g}"
+                f"--split is {' '.join(map(str, self.split))}: three shares from 0 on that sum to 1, "
+                f"not {sum(self.split):g}"
             )
         if self.split[0] == 0:
             raise ConfigError("--split leaves no share for training")

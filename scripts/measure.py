@@ -37,7 +37,8 @@ def open_split(config: Config, model: models.BaseModel, part: str) -> Split:
     data = load_data(replace(config, channels=1 if channels == 1 else 3))
     if data.classes != model.classes:
         raise DataError(
-            f"the data have the classes {', '.join(data.classes[:5])} ..., the model {', '.join(model.classes[:5])} ...",
+            f"the data have the classes {', '.join(data.classes[:5])} ..., "
+            f"the model {', '.join(model.classes[:5])} ...",
             where=data.name,
             fix="give the data that the model was trained for",
         )

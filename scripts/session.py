@@ -44,7 +44,8 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     print(f"data      {data.name}: {sizes}; {len(data.classes)} classes")
     print(f"          {data.info.channels}x{data.image_size}x{data.image_size} pixels, augment {config.augment}")
     print(
-        f"training  {length}, batch {config.batch_size} = {accelerator.num_processes} process(es) x {accumulated} x {micro}"
+        f"training  {length}, batch {config.batch_size} = "
+        f"{accelerator.num_processes} process(es) x {accumulated} x {micro}"
         + (f"; {dropped} samples sit out each epoch" if dropped else "")
     )
     print(

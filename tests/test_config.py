@@ -1,0 +1,136 @@
+"""Flags, YAML and their faults."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import time
+from dataclasses import fields
+
+import pytest
+
+from configs.arguments import make_config, parse, to_yaml
+from configs.errors import ConfigError
+from configs.options import Config
+from tests.conftest import ROOT
+
+# Every flag is a promise to its users: a new one goes in here on purpose, and none leaves unnoticed.
+FLAGS = """
+augment batch_size channels channels_last compile cpu_threads cutmix dataset debug decay_epochs decay_factor
+deterministic dropout early_stopping ema_decay epochs experiment_name grad_clip hub_model_id image_column image_size
+keep_best keep_last label_column label_smoothing log_every lr max_steps micro_batch_size min_delta mix_off_epoch
+mixed_precision mixup model momentum monitor monitor_mode num_workers optimizer output_dir patience push_to_hub
+random_erasing resume save_every_steps scheduler seed split split_seed stop_after_steps task test_data_dir
+trace_samples train_data_dir use_tensorboard use_wandb val_data_dir wandb_project warmup_steps weight_decay weights
+""".split()
+
+
+def test_the_flags_are_those_that_were_promised():
+    assert sorted(field.name for field in fields(Config)) == FLAGS
+
+
+def test_every_field_is_read_somewhere():
+    sources = [path for folder in ("trainer", "models", "data", "scripts") for path in (ROOT / folder).glob("*.py")]
+    text = "\n".join(path.read_text() for path in sources)
+    unread = [f.name for f in fields(Config) if not re.search(rf"(config|plain)\.{f.name}\b", text)]
+    assert unread == []
+
+
+def test_every_field_has_a_docstring():
+    tree = ast.parse((ROOT / "configs" / "options.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            for field, after in zip(node.body, node.body[1:]):
+                if isinstance(field, ast.AnnAssign):
+                    assert isinstance(after, ast.Expr), field.target
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("lr: 1e-3\nepochs: 7\nmixed_precision: no\nuse_wandb: true\nsplit: [0.5, 0.25, 0.25]\nweights: null\n")
+    config = parse(["--epochs", "8", "--config", str(file), "--no_use_wandb"])
+    assert (config.lr, config.epochs, config.mixed_precision, config.use_wandb) == (0.001, 8, "no", False)
+    assert config.split == (0.5, 0.25, 0.25)
+    assert config.weights is None
+    assert config.batch_size == Config().batch_size
+
+
+def test_bare_flags_and_dashes():
+    config = parse(["--mixed-precision", "--grad_clip", "--lr=0.5"])
+    assert (config.mixed_precision, config.grad_clip, config.lr) == ("auto", 1.0, 0.5)
+    assert parse(["--grad_clip", "0.3"]).grad_clip == 0.3
+
+
+def test_a_saved_config_loads_back(tmp_path):
+    config = make_config(lr=1e-5, split=(0.6, 0.2, 0.2), experiment_name="x", grad_clip=0.1, weights="a: b")
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert parse(["--config", str(tmp_path / "c.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("yaml", "words"),
+    [
+        ("batchsize: 3", ["unknown key 'batchsize'", "batch_size"]),
+        ("lr: abc", ["--lr", "abc"]),
+        ("optimizer: adamm", ["--optimizer", "adamm", "adamw"]),
+        ("split: [0.5, 0.6, 0.1]", ["--split", "0.5 0.6 0.1", "1.2"]),
+        ("use_wandb: maybe", ["use_wandb", "maybe"]),
+        ("epochs: 1.5", ["--epochs", "1.5"]),
+        ("- 3", ["key: value", "list"]),
+        ("lr: [1,", ["YAML"]),
+        ("!!python/object/apply:os.system ['echo hi']", ["YAML"]),
+    ],
+)
+def test_a_fault_in_yaml_names_key_file_and_value(tmp_path, capsys, yaml, words):
+    file = tmp_path / "bad.yaml"
+    file.write_text(yaml)
+    with pytest.raises(SystemExit) as stop:
+        parse(["--config", str(file)])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "Traceback" not in said
+    for word in [*words, str(file)]:
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--batchsize", "3"], ["--batchsize", "--batch_size"]),
+        (["--lr", "abc"], ["--lr", "abc"]),
+        (["--epochs", "0"], ["--epochs is 0"]),
+        (["--lr", "nan"], ["--lr is nan"]),
+        (["--mixup", "0.2", "--batch_size", "33"], ["even", "33"]),
+        (["--push_to_hub"], ["--hub_model_id"]),
+        (["--experiment_name", "../x"], ["'../x'", "safe"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+        (["--resume", "nowhere"], ["nowhere", "neither a run folder nor a checkpoint"]),
+    ],
+)
+def test_a_fault_in_flags_answers_at_once_without_a_traceback(flags, words):
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "scripts/train.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    seconds = time.perf_counter() - start
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stdout + done.stderr
+    assert seconds < 5  # 0.2 s on a quiet machine; importing torch would show in the next test
+
+
+def test_parsing_imports_no_torch():
+    code = (
+        "import sys; from configs.arguments import parse; parse(['--lr', '3']); "
+        "sys.exit(sum(name.split('.')[0] in ('torch', 'accelerate', 'datasets', 'numpy') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_an_unknown_option_names_the_nearest():
+    with pytest.raises(ConfigError) as error:
+        make_config(learning_rate=1, lrr=2)
+    assert "learning_rate" in str(error.value)

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score, top_k_accuracy_score
+
+from configs.errors import Diverged
+from trainer.metrics import ClassificationMetrics, Meter, Sums, means
+
+
+def test_metrics_equal_scikit_learn():
+    logits, labels = torch.randn(200, 12), torch.randint(0, 11, (200,))
+    metrics = ClassificationMetrics(12, torch.device("cpu"))
+    for place in range(0, 200, 32):
+        metrics.update(logits[place : place + 32], labels[place : place + 32])
+    found, predicted = metrics.compute(), logits.argmax(1)
+    assert found["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
+    assert found["f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+    assert found["top5_accuracy"] == pytest.approx(top_k_accuracy_score(labels, logits, k=5, labels=range(12)))
+
+
+def hits(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"accuracy": logits.argmax(1) == labels}
+
+
+@pytest.mark.parametrize("kept_elements", [1, 10**6])
+def test_sums_do_not_depend_on_how_often_they_are_read(kept_elements):
+    steps = [(torch.rand(()), 3 + n % 4, torch.randn(3 + n % 4, 5), torch.randint(0, 5, (3 + n % 4,))) for n in range(20)]
+    results = []
+    for every in (1, 7, 20):
+        meter, sums = Meter(hits), Sums()
+        meter.KEPT_ELEMENTS = kept_elements
+        for step, (loss, count, logits, labels) in enumerate(steps, 1):
+            meter.add(loss, count, (logits, labels), step)
+            if step % every == 0:
+                meter.read(sums)
+        meter.read(sums)
+        results.append(sums)
+    assert results[0] == results[1] == results[2]
+    samples = sum(count for _, count, _, _ in steps)
+    right = sum(int((logits.argmax(1) == labels).sum()) for _, _, logits, labels in steps)
+    assert means(results[0])["accuracy"] == right / samples
+    assert means(results[0])["loss"] == pytest.approx(sum(loss.item() * count for loss, count, _, _ in steps) / samples)
+
+
+def test_a_loss_that_is_not_finite_names_its_step():
+    meter = Meter()
+    for step, loss in enumerate([1.0, float("nan"), 2.0], 5):
+        meter.add({"loss": torch.tensor(1.0), "loss/part": torch.tensor(loss)}, 1, (), step)
+    with pytest.raises(Diverged, match="loss/part is nan at step 6"):
+        meter.read({})
