@@ -30,20 +30,21 @@ def megabytes(size: float) -> str:
 
 def cost(model: nn.Module, channels: int, image_size: int, batch_size: int) -> tuple[float, int]:
     """FLOPs of one image, and bytes kept for backward at batch_size, from a copy on the meta device."""
-    with torch.device("meta"):
-        ghost = copy.deepcopy(model).to("meta").train()
-        images_BCHW = torch.zeros(batch_size, channels, image_size, image_size)
-    own = {id(p) for p in ghost.parameters()} | {id(b) for b in ghost.buffers()}
-    kept: dict[int, Tensor] = {}
+    ghost = copy.deepcopy(model).to("meta").train()
+    images_BCHW = torch.zeros(batch_size, channels, image_size, image_size, device="meta")
+    own = {storage_of(tensor) for tensor in [*ghost.parameters(), *ghost.buffers()]}
+    kept: dict[int, Tensor] = {}  # holds on to the tensors: an address is no other's while one lives
 
     def note(tensor: Tensor) -> Tensor:
-        if id(tensor) not in own:
-            kept[id(tensor.untyped_storage())] = tensor
+        if storage_of(tensor) not in own:
+            kept[storage_of(tensor)] = tensor
         return tensor
 
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
-    ):
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         ghost(images_BCHW)
     return counter.get_total_flops() / batch_size, sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Tells which tensors share their memory: on the meta device there are no data pointers to compare."""
+    return tensor.untyped_storage()._cdata

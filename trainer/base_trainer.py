@@ -110,8 +110,8 @@ class BaseTrainer(ABC):
         self.ema = WeightAverage(self.plain_model, config.ema_decay) if config.ema_decay else None
         self.scaler = self.accelerator.scaler
 
+        self.loss_weights: Weights = None  # get_criterion may set them
         self.criterion: Criterion = self.get_criterion()
-        self.loss_weights: Weights = None
         reduce = (lambda tensor: self.accelerator.reduce(tensor, "sum")) if processes > 1 else None
         self.reduce = reduce
         self.meter = Meter(self.hits, reduce)

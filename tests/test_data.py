@@ -1,0 +1,170 @@
+"""Sources, splits, decoding and loaders."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits as scikit_digits
+
+from configs.arguments import make_config
+from configs.dataset_info import DATASETS, find_dataset_info
+from configs.errors import ConfigError, DataError
+from data.dataset import load_data
+from data.decode import open_image, to_tensor
+from data.embedded import load_digits
+from data.loader import eval_loader, train_loader
+
+
+def test_the_embedded_digits_are_those_of_scikit_learn():
+    ours, theirs = load_digits(), scikit_digits()
+    assert np.array_equal(ours.labels, theirs.target)
+    assert np.array_equal(ours.images_NCHW[:, 0].numpy(), np.round(theirs.images * 255 / 16).astype(np.uint8))
+    pixels = ours.images_NCHW.numpy() / 255
+    assert DATASETS["digits"].mean == (pytest.approx(pixels.mean(), abs=1e-3),)
+    assert DATASETS["digits"].std == (pytest.approx(pixels.std(), abs=1e-3),)
+
+
+def test_the_split_belongs_to_split_seed_alone():
+    first, same, other = (
+        load_data(make_config(seed=seed, split_seed=split)) for seed, split in ((0, 0), (5, 0), (0, 1))
+    )
+    assert np.array_equal(first.test.ids, same.test.ids)
+    assert not np.array_equal(first.test.ids, other.test.ids)
+    assert len(first.train) + len(first.val) + len(first.test) == 1797
+    assert not set(first.train.ids) & set(first.val.ids) | set(first.val.ids) & set(first.test.ids)
+
+
+def read(loader) -> list[dict]:
+    return [{name: value.clone() for name, value in batch.items()} for batch in loader]
+
+
+@pytest.mark.parametrize("augment", ["none", "default", "autoaugment", "randaugment", "trivialaugment"])
+def test_pixels_do_not_depend_on_workers_micro_batches_or_where_one_begins(augment):
+    options = {"augment": augment, "random_erasing": 0.5, "batch_size": 200, "split": (0.5, 0.3, 0.2)}
+    data = load_data(make_config())
+    whole = read(train_loader(make_config(num_workers=0, micro_batch_size=200, **options), data))
+    torch.manual_seed(123)  # whatever the process drew before
+    loader = train_loader(make_config(num_workers=2, micro_batch_size=70, **options), data)
+    loader.set_position(0, 2)
+    parts = read(loader)
+    for name in ("ids", "labels", "images_BCHW"):
+        assert torch.equal(torch.cat([b[name] for b in parts]), torch.cat([b[name] for b in whole[2:]]))
+    loader.set_position(1, 0)
+    again = {int(number): image for batch in read(loader) for number, image in zip(batch["ids"], batch["images_BCHW"])}
+    if augment != "none":
+        first = {int(number): image for batch in whole for number, image in zip(batch["ids"], batch["images_BCHW"])}
+        changed = [not torch.equal(first[number], again[number]) for number in first.keys() & again.keys()]
+        assert np.mean(changed) > 0.5
+
+
+def test_augmentation_leaves_the_generator_of_dropout_alone():
+    loader = train_loader(make_config(num_workers=0), load_data(make_config()))
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    next(iter(loader))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_image_folders_find_their_classes_channels_and_validation(image_folder):
+    data = load_data(make_config(train_data_dir=str(image_folder), split=(0.75, 0.25, 0.0)))
+    assert (data.classes, data.info.channels, data.image_size) == (["bright", "dark"], 1, 10)
+    assert (len(data.train), len(data.val), data.test) == (12, 4, None)
+    config = make_config(batch_size=4, micro_batch_size=4, num_workers=0)
+    (batch, *_) = read(eval_loader(config, data.val, data.image_size))
+    assert batch["images_BCHW"].shape == (4, 1, 10, 10)
+    assert ((batch["images_BCHW"].float().mean((1, 2, 3)) < 120).long() == batch["labels"]).all()
+    given = load_data(make_config(train_data_dir=str(image_folder), val_data_dir=str(image_folder)))
+    assert (len(given.train), len(given.val)) == (16, 16)
+
+
+@pytest.mark.parametrize("labels", ["ClassLabel", "int", "text"])
+def test_a_hub_dataset_finds_its_columns_by_type(tmp_path, labels):
+    names = ["cat", "dog", "eel"]
+    values = [number % 3 for number in range(30)]
+    pictures = [Image.new("RGB", (9, 8), (80 * value, 0, 0)) for value in values]
+    column = {"ClassLabel": values, "int": values, "text": [names[value] for value in values]}[labels]
+    feature = {"ClassLabel": datasets.ClassLabel(names=names), "int": datasets.Value("int64")}.get(
+        labels, datasets.Value("string")
+    )
+    features = datasets.Features({"photo": datasets.Image(), "kind": feature})
+    table = datasets.Dataset.from_dict({"photo": pictures, "kind": column}, features=features)
+    table.train_test_split(0.2, seed=0).save_to_disk(tmp_path / "set")
+    data = load_data(make_config(dataset=str(tmp_path / "set"), label_column="kind"))
+    assert data.classes == (["0", "1", "2"] if labels == "int" else names)
+    assert (len(data.train) + len(data.val), len(data.test), data.image_size) == (24, 6, 8)
+    for place in range(6):
+        assert data.test.source.image(place)[0, 0, 0] == 80 * data.test.source.labels[place]
+    with pytest.raises(DataError, match="no column 'knd'") as error:
+        load_data(make_config(dataset=str(tmp_path / "set"), label_column="knd"))
+    assert "kind" in str(error.value)
+
+
+def save(tmp_path, picture: Image.Image) -> torch.Tensor:
+    file = tmp_path / "x.png"
+    picture.save(file)
+    return to_tensor(open_image(file, "x"), 3, "x")
+
+
+def test_unusual_images_become_neither_white_nor_black(tmp_path):
+    ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    assert np.array_equal(save(tmp_path, Image.fromarray(ramp))[1].numpy(), (ramp >> 8).astype(np.uint8))
+    see_through = Image.new("RGBA", (2, 1), (200, 0, 0, 0))
+    see_through.putpixel((1, 0), (200, 0, 0, 255))
+    assert save(tmp_path, see_through)[:, 0].T.tolist() == [[255, 255, 255], [200, 0, 0]]
+    assert save(tmp_path, Image.new("1", (1, 1), 1)).flatten().tolist() == [255] * 3
+    palette = Image.new("P", (1, 1), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert save(tmp_path, palette).flatten().tolist() == [10, 20, 30]
+
+
+def test_a_broken_file_names_itself_from_a_loader_process(image_folder):
+    (image_folder / "dark" / "3.png").write_bytes(b"no picture")
+    config = make_config(train_data_dir=str(image_folder), batch_size=2, num_workers=2, split=(0.8, 0.2, 0))
+    with pytest.raises(DataError) as error:
+        list(train_loader(config, load_data(config)))
+        list(eval_loader(config, load_data(config).val, 10))
+    assert "cannot decode" in str(error.value)
+    assert "dark/3.png" in str(error.value)
+    assert "Traceback" not in str(error.value)
+
+
+def test_data_that_cannot_be_learnt_from_are_refused(tmp_path, image_folder):
+    with pytest.raises(DataError, match="1438 training samples do not fill one global batch of 2000"):
+        train_loader(make_config(batch_size=2000), load_data(make_config()))
+    with pytest.raises(ConfigError, match="cannot be shared by 3 processes"):
+        train_loader(make_config(batch_size=32), load_data(make_config()), 0, 3)
+    with pytest.raises(DataError, match="lower --batch_size to at most 12 and start fewer processes|do not fill"):
+        folder = make_config(train_data_dir=str(image_folder), batch_size=16, split=(0.75, 0.25, 0))
+        train_loader(folder, load_data(folder), 0, 16)
+    with pytest.raises(DataError, match="no such folder"):
+        load_data(make_config(train_data_dir=str(tmp_path / "nothing")))
+    (tmp_path / "empty" / "cat").mkdir(parents=True)
+    with pytest.raises(DataError, match="no images found"):
+        load_data(make_config(train_data_dir=str(tmp_path / "empty")))
+    Image.new("L", (4, 4)).save(tmp_path / "empty" / "cat" / "1.png")
+    with pytest.raises(DataError, match="two classes or more, found 1: cat"):
+        load_data(make_config(train_data_dir=str(tmp_path / "empty"), split=(1.0, 0.0, 0.0)))
+    with pytest.raises(DataError, match="the val split is empty"):
+        load_data(make_config(train_data_dir=str(tmp_path / "empty")))
+    with pytest.raises(DataError, match="no dataset is called 'cifar1o'") as error:
+        load_data(make_config(dataset="cifar1o"))
+    assert "cifar10" in str(error.value)
+
+
+def test_a_label_out_of_range_is_named_before_the_first_step(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    pictures = [Image.new("L", (4, 4))] * 8
+    table = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 0, 1, 0, 1, 0, -1]}, features=features)
+    table.save_to_disk(tmp_path / "set")
+    with pytest.raises(DataError, match="label -1 at place 7 of the train split: the 2 classes are numbered 0 to 1"):
+        load_data(make_config(dataset=str(tmp_path / "set"), split=(1.0, 0.0, 0.0)))
+
+
+def test_the_dataset_table_knows_local_folders_by_their_name():
+    assert find_dataset_info("some/where/cifar10") is DATASETS["cifar10"]
+    assert find_dataset_info("uoft-cs/cifar100") is DATASETS["cifar100"]
+    assert find_dataset_info("cats") is None

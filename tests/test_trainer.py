@@ -1,0 +1,250 @@
+"""The loop against reference values computed by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from configs.errors import ConfigError, Diverged, UserError
+from tests.conftest import ROOT, lines_of
+from tests.tiny import TinyNet, distance, tiny_batches, tiny_trainer, weights
+from trainer.main_trainer import MainTrainer
+from trainer.mixing import mix_pairs
+
+
+def split_up(batch, size):
+    return list(zip(*(part.split(size) for part in batch)))
+
+
+@pytest.mark.parametrize("options", [{"optimizer": "sgd"}, {"optimizer": "adamw", "grad_clip": 0.1, "label_smoothing": 0.1}])
+def test_four_micro_batches_equal_one_batch(tmp_path, options):
+    (batch,) = tiny_batches([32])
+    whole = tiny_trainer(tmp_path, [batch], batch_size=32, lr=0.1, **options)
+    parts = tiny_trainer(tmp_path, split_up(batch, 8), batch_size=32, lr=0.1, **options)
+    start = weights(whole)
+    results = [trainer.train_epoch(trainer.train_loader) for trainer in (whole, parts)]
+    assert whole.state.step == parts.state.step == 1
+    assert distance(weights(whole), start) > 1e-3
+    assert distance(weights(parts), weights(whole)) < 1e-6
+    assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-6)
+    assert results[1]["accuracy"] == results[0]["accuracy"]
+
+
+def test_the_tail_window_of_an_accumulation_weighs_right(tmp_path):
+    """10 batches of 4 in windows of 16, the last of 8 samples: two SGD steps by hand."""
+    batches = tiny_batches([4] * 5 + [3])
+    trainer = tiny_trainer(tmp_path, batches, batch_size=16, optimizer="sgd", momentum=0.0, lr=0.1)
+    reference = TinyNet()
+    for window in (batches[:4], batches[4:]):
+        images, labels = (torch.cat(parts) for parts in zip(*window))
+        nn.functional.cross_entropy(reference(images), labels).backward()
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+    trainer.train_epoch(batches)
+    assert trainer.state.step == trainer.steps_per_epoch == 2
+    assert distance(weights(trainer), torch.cat([p.detach().flatten() for p in reference.parameters()])) < 1e-6
+
+
+def test_the_update_is_that_of_a_hand_written_loop(tmp_path):
+    batches = tiny_batches([8] * 12)
+    options = {"optimizer": "adamw", "lr": 0.01, "grad_clip": 0.5, "weight_decay": 0.1, "scheduler": "cosine"}
+    trainer = tiny_trainer(tmp_path, batches, batch_size=8, warmup_steps=3, ema_decay=0.5, **options)
+    trainer.train_epoch(batches)
+    model = TinyNet()
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 3, 1.0, 2)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
+    for step, (images, labels) in enumerate(batches):
+        nn.functional.cross_entropy(model(images), labels).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        (warmup if step < 2 else cosine).step() if step != 2 else None
+    assert distance(weights(trainer), torch.cat([p.detach().flatten() for p in model.parameters()])) < 1e-5
+
+
+def test_a_trainer_overfits_one_batch(tmp_path):
+    batch = tiny_batches([16])
+    trainer = tiny_trainer(tmp_path, batch, batch, batch_size=16, lr=0.05, epochs=150)
+    assert trainer.train()["best"]["value"] == 1.0
+    assert lines_of(trainer.run.path, "val")[-1]["loss"] < 0.1
+    probabilities = trainer.inference(batch[0][0])
+    assert torch.equal(probabilities.argmax(1), batch[0][1])
+    assert torch.allclose(probabilities.sum(1), torch.ones(16))
+
+
+def test_loaders_can_be_lists_generators_and_torch_loaders(tmp_path):
+    batches = tiny_batches([8] * 6)
+    dataset = torch.utils.data.TensorDataset(*(torch.cat(parts) for parts in zip(*batches)))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=8)
+    trained = []
+    for train in (batches, loader, (batch for batch in batches)):
+        trainer = tiny_trainer(tmp_path, train, batch_size=8, max_steps=6)
+        trainer.train_epoch(train)
+        trained.append(weights(trainer))
+    assert torch.equal(trained[0], trained[1])
+    assert torch.equal(trained[0], trained[2])
+    trainer.validate_epoch(loader)
+    with pytest.raises(ConfigError, match="--max_steps"):
+        tiny_trainer(tmp_path, iter(batches), batch_size=8)
+
+
+def test_logged_losses_are_means_over_samples_whatever_the_accumulation(tmp_path):
+    batches = tiny_batches([8] * 10)
+    logged = []
+    for name, train in (("whole", batches), ("parts", [part for batch in batches for part in split_up(batch, 3)])):
+        trainer = tiny_trainer(
+            tmp_path, train, batch_size=8, log_every=3, lr=0.01, experiment_name=name, optimizer="sgd", monitor="loss"
+        )
+        trainer.train()
+        logged.append(lines_of(trainer.run.path, "train"))
+    assert [line["step"] for line in logged[0]] == [1, 3, 6, 9]
+    for whole, parts in zip(*logged):
+        assert whole["loss"] == pytest.approx(parts["loss"], rel=1e-5)
+        assert whole["accuracy"] == parts["accuracy"]
+
+
+class TwoLosses(MainTrainer):
+    def get_criterion(self):
+        self.loss_weights = {"hard": 1.0, "soft": 0.5}
+        return {"hard": nn.CrossEntropyLoss(), "soft": nn.CrossEntropyLoss(label_smoothing=0.5)}
+
+
+def test_every_part_of_a_loss_is_logged_by_name(tmp_path):
+    batches = tiny_batches([8] * 4)
+    trainer = tiny_trainer(tmp_path, batches, batches, trainer=TwoLosses, batch_size=8)
+    trainer.train()
+    for line in lines_of(trainer.run.path, "train", "val"):
+        assert line["loss"] == pytest.approx(line["loss/hard"] + 0.5 * line["loss/soft"], rel=1e-5)
+
+
+def test_evaluation_equals_one_forward_pass_over_everything(tmp_path):
+    batches = tiny_batches([8, 8, 3])
+    trainer = tiny_trainer(tmp_path, batches, batch_size=8)
+    metrics = trainer.validate_epoch(batches)
+    images, labels = (torch.cat(parts) for parts in zip(*batches))
+    logits = TinyNet()(images)
+    assert metrics["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert metrics["accuracy"] == (logits.argmax(1) == labels).double().mean().item()
+
+
+def test_early_stopping_and_the_best_follow_the_monitor(tmp_path):
+    batches = tiny_batches([8] * 2)
+    trainer = tiny_trainer(
+        tmp_path, batches, batches, batch_size=8, epochs=30, lr=0.0, early_stopping=True, patience=3, monitor="loss"
+    )
+    result = trainer.train()
+    assert result["epoch"] == 4  # the first is best, then three without improvement
+    assert result["best"]["epoch"] == 0
+
+
+def test_plateau_lowers_the_rate_after_evaluations_without_improvement(tmp_path):
+    batches = tiny_batches([8] * 2)
+    options = {"batch_size": 8, "epochs": 7, "min_delta": 100.0, "scheduler": "plateau", "decay_epochs": 2}
+    trainer = tiny_trainer(tmp_path, batches, batches, lr=0.01, decay_factor=0.5, log_every=1, monitor="loss", **options)
+    trainer.train()
+    rates = {line["epoch"]: line["lr"] for line in lines_of(trainer.run.path, "train")}
+    assert [rates[epoch] for epoch in range(7)] == [0.01, 0.01, 0.01, 0.005, 0.005, 0.0025, 0.0025]
+
+
+def test_checkpoints_kept_are_the_newest_and_the_best(tmp_path):
+    batches = tiny_batches([8] * 2)
+    trainer = tiny_trainer(
+        tmp_path, batches, batches, batch_size=8, epochs=6, lr=0.0, keep_last=2, keep_best=1, monitor="loss"
+    )
+    trainer.train()
+    assert sorted(folder.name for folder in trainer.run.checkpoints.iterdir()) == [
+        "step_00000002",
+        "step_00000010",
+        "step_00000012",
+    ]
+
+
+def test_a_loss_of_nan_stops_the_run_and_saves_nothing_of_it(tmp_path):
+    batches = tiny_batches([8] * 6)
+    batches[3][0][0, 0, 0, 0] = float("nan")
+    trainer = tiny_trainer(tmp_path, batches, batches, batch_size=8, log_every=2, save_every_steps=2, experiment_name="x")
+    with pytest.raises(Diverged, match="loss is nan at step 4"):
+        trainer.train()
+    assert json.loads((tmp_path / "x" / "status.json").read_text())["state"] == "diverged"
+    assert [folder.name for folder in (tmp_path / "x" / "checkpoints").glob("step_*")] == ["step_00000002"]
+
+
+def test_a_metric_that_does_not_exist_is_refused_before_the_first_step(tmp_path):
+    batches = tiny_batches([8])
+    trainer = tiny_trainer(tmp_path, batches, batches, batch_size=8, monitor="acuracy")
+    with pytest.raises(ConfigError, match="--monitor acuracy") as error:
+        trainer.train()
+    assert "accuracy" in str(error.value)
+    assert trainer.state.step == 0
+
+
+def test_no_train_loader_is_an_error_with_its_cure(tmp_path):
+    with pytest.raises(UserError, match="no train_loader"):
+        tiny_trainer(tmp_path, None).train()
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.4, 0.0), (0.0, 1.0), (0.4, 1.0)])
+def test_mixing_does_not_depend_on_the_micro_batch_and_keeps_the_balance(mixup, cutmix):
+    images = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8)
+    labels = torch.arange(12) % 4
+    options = {"num_classes": 4, "mixup": mixup, "cutmix": cutmix, "seed": 3, "step": 5, "batch_size": 12}
+    mixed, targets = mix_pairs(images, labels, offset=0, **options)
+    for offset, size in ((0, 4), (4, 6), (10, 2)):
+        part = slice(offset, offset + size)
+        pixels, shares = mix_pairs(images[part], labels[part], offset=offset, **options)
+        assert torch.equal(pixels, mixed[part])
+        assert torch.equal(shares, targets[part])
+    assert torch.allclose(targets.sum(1), torch.ones(12))
+    pairs = mixed.unflatten(0, (6, 2)).sum(1), (images.float() / 255).unflatten(0, (6, 2)).sum(1)
+    assert torch.allclose(*pairs, atol=1e-5)  # what one sample gives, its partner takes
+    assert not torch.equal(mixed, mix_pairs(images, labels, offset=0, **(options | {"step": 6}))[0])
+
+
+def test_cutmix_targets_are_shares_of_area():
+    images = torch.stack([torch.zeros(1, 10, 10), torch.ones(1, 10, 10)]).repeat(20, 1, 1, 1)
+    labels = torch.tensor([0, 1]).repeat(20)
+    options = {"num_classes": 2, "mixup": 0.0, "cutmix": 1.0, "seed": 0, "step": 0, "offset": 0, "batch_size": 40}
+    mixed, targets = mix_pairs(images, labels, **options)
+    assert torch.allclose(mixed.mean((1, 2, 3)), targets[:, 1], atol=1e-6)
+    assert 0.2 < targets[::2, 1].mean() < 0.8
+
+
+def test_bf16_computes_in_half_precision_and_fp16_is_refused_without_a_gpu():
+    code = """
+import sys, torch, tempfile
+from tests.tiny import *
+if sys.argv[1] == "fp16" and torch.cuda.is_available():
+    from configs.errors import ConfigError
+    raise ConfigError("fp16 works here")
+trainer = tiny_trainer(tempfile.mkdtemp(), tiny_batches([8] * 4), batch_size=8, mixed_precision=sys.argv[1])
+seen = []
+trainer.plain_model.body.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+trainer.train_epoch(trainer.train_loader)
+assert seen[0] == torch.bfloat16, seen
+assert trainer.plain_model.head.weight.dtype == torch.float32
+"""
+    for precision, rc, words in (("bf16", 0, ""), ("fp16", 1, "fp16")):
+        done = subprocess.run([sys.executable, "-c", code, precision], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == rc, done.stderr
+        assert words in done.stderr
+
+
+@pytest.mark.long
+def test_a_compiled_model_trains_alike_and_saves_clean_names(tmp_path):
+    batches = tiny_batches([8] * 4)
+    plain, compiled = (tiny_trainer(tmp_path / str(c), batches, batches, batch_size=8, compile=c) for c in (False, True))
+    for trainer in (plain, compiled):
+        trainer.train()
+    assert distance(weights(compiled), weights(plain)) < 1e-4
+    assert list(compiled.plain_model.state_dict()) == list(plain.plain_model.state_dict())
