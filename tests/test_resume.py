@@ -1,0 +1,203 @@
+"""A run that comes back goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from configs.errors import ConfigError, UserError
+from tests.conftest import ROOT, lines_of, run_script
+from tests.tiny import TinyNet, tiny_batches, tiny_trainer, weights
+from trainer import checkpoint
+
+# accumulation, dropout (of simple_cnn), augmentation, mixing, averaging, clipping: whatever has or draws state
+OPTIONS = (
+    "--epochs 2 --batch_size 96 --micro_batch_size 32 --augment trivialaugment --random_erasing 0.3 --mixup 0.2 "
+    "--cutmix 1.0 --ema_decay 0.99 --grad_clip --warmup_steps 5 --trace_samples --log_every 4 --save_every_steps 5 "
+    "--cpu_threads 1"
+).split()
+FINAL = "step_00000028"
+
+
+def train(folder: Path, name: str, *flags: str, rc: int = 0) -> str:
+    return run_script("train.py", "--output_dir", folder, "--experiment_name", name, *OPTIONS, *flags, rc=rc).stdout
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Weights, averages, optimizer, metrics and sample ids, to the last bit."""
+    for file in ("model.safetensors", "ema.safetensors", "optimizer.bin"):
+        first, second = (run / "checkpoints" / FINAL / file for run in (one, other))
+        assert first.read_bytes() == second.read_bytes(), file
+    assert lines_of(one) == lines_of(other)
+    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    assert (one / "best" / "model.safetensors").read_bytes() == (other / "best" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    train(folder, "whole")
+    ids = [json.loads(line)["ids"] for line in (folder / "whole" / "samples.jsonl").read_text().splitlines()]
+    assert [len(step) for step in ids] == [96] * 28
+    assert len({number for step in ids[:14] for number in step}) == 14 * 96
+    return folder / "whole"
+
+
+def test_resumed_run_matches_uninterrupted_with_other_workers(uninterrupted):
+    """Stopped inside the first epoch, at its end, and inside the second."""
+    folder = uninterrupted.parent
+    for workers, steps in (("0", "8"), ("2", "6"), ("0", "7")):
+        said = train(folder, "parts", "--num_workers", workers, "--stop_after_steps", steps, rc=75)
+        assert "--resume" in said
+    train(folder, "parts", "--num_workers", "2")
+    same_run(uninterrupted, folder / "parts")
+    assert json.loads((folder / "parts" / "status.json").read_text())["state"] == "done"
+
+
+def test_a_killed_run_matches_uninterrupted(uninterrupted):
+    folder = uninterrupted.parent
+    command = [sys.executable, "scripts/train.py", "--output_dir", str(folder), "--experiment_name", "killed", *OPTIONS]
+    samples = folder / "killed" / "samples.jsonl"
+    for lines in (8, 17):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        end = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < end:
+            if samples.is_file() and samples.read_text().count("\n") >= lines:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+    said = train(folder, "killed")
+    assert "continuing" in said
+    same_run(uninterrupted, folder / "killed")
+
+
+def test_resume_by_path_takes_the_options_of_the_run(uninterrupted):
+    folder = uninterrupted.parent
+    shutil.copytree(uninterrupted, folder / "copy")
+    said = run_script("train.py", "--resume", folder / "copy").stdout
+    assert "accuracy" in said  # it is finished: its result is told
+    assert lines_of(folder / "copy") == lines_of(uninterrupted)
+    shutil.rmtree(folder / "copy" / "checkpoints" / FINAL)
+    oldest = min((folder / "copy" / "checkpoints").iterdir())
+    run_script("train.py", "--resume", oldest)
+    same_run(uninterrupted, folder / "copy")
+
+
+def test_config_yaml_repeats_a_run_under_another_name(uninterrupted):
+    folder = uninterrupted.parent
+    run_script("train.py", "--config", uninterrupted / "config.yaml", "--output_dir", folder, "--experiment_name", "twin")
+    same_run(uninterrupted, folder / "twin")
+
+
+class BatchNormNet(TinyNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.2))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
+@pytest.mark.parametrize("scheduler", ["plateau", "one_cycle", "step"])
+@pytest.mark.parametrize("stop", [3, 5, 12])
+def test_resumed_plain_lists_match_uninterrupted(tmp_path, optimizer, scheduler, stop):
+    batches = tiny_batches([4] * 10)
+    options = {
+        "batch_size": 8, "epochs": 4, "optimizer": optimizer, "scheduler": scheduler, "decay_epochs": 1, "lr": 0.01,
+        "ema_decay": 0.9, "log_every": 3, "min_delta": 0.1, "monitor": "loss",
+    }  # fmt: skip
+    whole = tiny_trainer(tmp_path, batches, batches, model=BatchNormNet(), experiment_name="whole", **options)
+    whole.train()
+    part = tiny_trainer(
+        tmp_path, batches, batches, model=BatchNormNet(), experiment_name="part", stop_after_steps=stop, **options
+    )
+    assert part.train()["state"] == "preempted"
+    torch.manual_seed(99)
+    back = tiny_trainer(tmp_path, batches, batches, model=BatchNormNet(), experiment_name="part", **options)
+    back.train()
+    assert back.session_steps == 20 - stop
+    assert torch.equal(weights(back), weights(whole))
+    assert all(torch.equal(back.ema.average[name], value) for name, value in whole.ema.average.items())
+    assert lines_of(back.run.path) == lines_of(whole.run.path)
+
+
+def started(tmp_path: Path, **options):
+    """A run of two epochs that has saved steps 2 and 4."""
+    batches = tiny_batches([8] * 2)
+    plain = {"batch_size": 8, "epochs": 2, "experiment_name": "x"}
+    return tiny_trainer(tmp_path, batches, batches, **(plain | options))
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys):
+    started(tmp_path).train()
+    newest = tmp_path / "x" / "checkpoints" / "step_00000004"
+    content = bytearray((newest / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (newest / "model.safetensors").write_bytes(content)
+    again = started(tmp_path)
+    assert again.state.step == 2
+    again.train()
+    assert "step_00000004 is damaged and passed over: model.safetensors has changed" in capsys.readouterr().out
+    assert checkpoint.fault(newest) is None
+
+
+def test_no_intact_checkpoint_is_a_refusal(tmp_path):
+    started(tmp_path).train()
+    for folder in (tmp_path / "x" / "checkpoints").iterdir():
+        (folder / "state.json").unlink()
+    with pytest.raises(UserError, match="none of the checkpoints is intact") as error:
+        started(tmp_path)
+    assert "state.json is missing" in str(error.value)
+
+
+def test_stray_files_and_left_overs_of_a_killed_save_are_no_checkpoints(tmp_path):
+    started(tmp_path, stop_after_steps=2).train()
+    checkpoints = tmp_path / "x" / "checkpoints"
+    (checkpoints / "notes").mkdir()
+    (checkpoints / "step_abc").mkdir()
+    (checkpoints / "step_00000009").write_text("a file")
+    (checkpoints / ".step_00000004").mkdir()
+    (checkpoints / ".step_00000004" / "model.safetensors").write_text("half")
+    assert started(tmp_path).train()["state"] == "done"
+    assert (checkpoints / "notes").is_dir()
+    assert (checkpoints / "step_00000009").read_text() == "a file"
+    assert checkpoint.fault(checkpoints / "step_00000004") is None
+
+
+def test_other_options_are_refused_with_both_values(tmp_path, capsys):
+    started(tmp_path, stop_after_steps=2).train()
+    with pytest.raises(ConfigError, match="--lr was 0.002, now 0.5; --seed was 0, now 1|--seed was 0, now 1; --lr was"):
+        started(tmp_path, lr=0.5, seed=1)
+    started(tmp_path, epochs=3).train()
+    assert "--epochs was 2, now 3" in capsys.readouterr().out
+
+
+def test_never_refuses_an_existing_run(tmp_path):
+    started(tmp_path).train()
+    with pytest.raises(ConfigError, match="--resume never"):
+        started(tmp_path, resume="never")
+
+
+def test_unnamed_runs_of_one_second_get_folders_of_their_own(tmp_path):
+    paths = set()
+    for _ in range(3):
+        trainer = started(tmp_path, experiment_name=None)
+        trainer.open_run()
+        paths.add(trainer.run.path)
+    assert len(paths) == 3
+
+
+def test_a_checkpoint_holds_no_pickle_that_could_execute(tmp_path):
+    started(tmp_path, ema_decay=0.9).train()
+    names = {path.name for path in (tmp_path / "x" / "checkpoints" / "step_00000004").iterdir()}
+    assert names == {"model.safetensors", "ema.safetensors", "optimizer.bin", "config.json", "state.json", "manifest.json"}
