@@ -25,7 +25,9 @@ def hits(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kept_elements", [1, 10**6])
 def test_sums_do_not_depend_on_how_often_they_are_read(kept_elements):
-    steps = [(torch.rand(()), 3 + n % 4, torch.randn(3 + n % 4, 5), torch.randint(0, 5, (3 + n % 4,))) for n in range(20)]
+    steps = [
+        (torch.rand(()), 3 + n % 4, torch.randn(3 + n % 4, 5), torch.randint(0, 5, (3 + n % 4,))) for n in range(20)
+    ]
     results = []
     for every in (1, 7, 20):
         meter, sums = Meter(hits), Sums()

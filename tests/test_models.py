@@ -61,7 +61,9 @@ def test_normalising_takes_bytes_and_floats_alike():
     model = Sub()
     model.describe(task="classification", classes=["a", "b"], image_size=4, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    expected = (images / 255 - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor([0.5, 0.6, 0.7])[:, None, None]
+    expected = (images / 255 - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor([0.5, 0.6, 0.7])[
+        :, None, None
+    ]
     assert torch.allclose(model.normalize(images), expected, atol=1e-6)
     assert torch.allclose(model.normalize(images / 255), expected, atol=1e-6)
 

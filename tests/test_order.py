@@ -47,7 +47,12 @@ def batches(n: int, share: int, processes: int, micro: int, epoch: int, first_st
     drawn = []
     for process in range(processes):
         order = TrainOrder(
-            np.arange(n) * 3, seed=4, batch_size=batch_size, micro_batch_size=micro, process=process, processes=processes
+            np.arange(n) * 3,
+            seed=4,
+            batch_size=batch_size,
+            micro_batch_size=micro,
+            process=process,
+            processes=processes,
         )
         order.epoch, order.first_step = epoch, first_step
         pairs = [pair for draw in order for pair in zip(draw.ids.tolist(), draw.keys.tolist())]

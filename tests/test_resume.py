@@ -21,11 +21,7 @@ from tests.tiny import TinyNet, tiny_batches, tiny_trainer, weights
 from trainer import checkpoint
 
 # accumulation, dropout (of simple_cnn), augmentation, mixing, averaging, clipping: whatever has or draws state
-OPTIONS = (
-    "--epochs 2 --batch_size 96 --micro_batch_size 32 --augment trivialaugment --random_erasing 0.3 --mixup 0.2 "
-    "--cutmix 1.0 --ema_decay 0.99 --grad_clip --warmup_steps 5 --trace_samples --log_every 4 --save_every_steps 5 "
-    "--cpu_threads 1"
-).split()
+OPTIONS = ["--epochs", "2", "--batch_size", "96", "--micro_batch_size", "32", "--augment", "trivialaugment", "--random_erasing", "0.3", "--mixup", "0.2", "--cutmix", "1.0", "--ema_decay", "0.99", "--grad_clip", "--warmup_steps", "5", "--trace_samples", "--log_every", "4", "--save_every_steps", "5", "--cpu_threads", "1"]
 FINAL = "step_00000028"
 
 
@@ -69,7 +65,9 @@ def test_a_killed_run_matches_uninterrupted(uninterrupted):
     command = [sys.executable, "scripts/train.py", "--output_dir", str(folder), "--experiment_name", "killed", *OPTIONS]
     samples = folder / "killed" / "samples.jsonl"
     for lines in (8, 17):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+        )
         end = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < end:
             if samples.is_file() and samples.read_text().count("\n") >= lines:
@@ -97,7 +95,9 @@ def test_resume_by_path_takes_the_options_of_the_run(uninterrupted):
 
 def test_config_yaml_repeats_a_run_under_another_name(uninterrupted):
     folder = uninterrupted.parent
-    run_script("train.py", "--config", uninterrupted / "config.yaml", "--output_dir", folder, "--experiment_name", "twin")
+    run_script(
+        "train.py", "--config", uninterrupted / "config.yaml", "--output_dir", folder, "--experiment_name", "twin"
+    )
     same_run(uninterrupted, folder / "twin")
 
 
@@ -200,4 +200,11 @@ def test_unnamed_runs_of_one_second_get_folders_of_their_own(tmp_path):
 def test_a_checkpoint_holds_no_pickle_that_could_execute(tmp_path):
     started(tmp_path, ema_decay=0.9).train()
     names = {path.name for path in (tmp_path / "x" / "checkpoints" / "step_00000004").iterdir()}
-    assert names == {"model.safetensors", "ema.safetensors", "optimizer.bin", "config.json", "state.json", "manifest.json"}
+    assert names == {
+        "model.safetensors",
+        "ema.safetensors",
+        "optimizer.bin",
+        "config.json",
+        "state.json",
+        "manifest.json",
+    }

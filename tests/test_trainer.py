@@ -21,7 +21,9 @@ def split_up(batch, size):
     return list(zip(*(part.split(size) for part in batch)))
 
 
-@pytest.mark.parametrize("options", [{"optimizer": "sgd"}, {"optimizer": "adamw", "grad_clip": 0.1, "label_smoothing": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{"optimizer": "sgd"}, {"optimizer": "adamw", "grad_clip": 0.1, "label_smoothing": 0.1}]
+)
 def test_four_micro_batches_equal_one_batch(tmp_path, options):
     (batch,) = tiny_batches([32])
     whole = tiny_trainer(tmp_path, [batch], batch_size=32, lr=0.1, **options)
@@ -151,7 +153,9 @@ def test_early_stopping_and_the_best_follow_the_monitor(tmp_path):
 def test_plateau_lowers_the_rate_after_evaluations_without_improvement(tmp_path):
     batches = tiny_batches([8] * 2)
     options = {"batch_size": 8, "epochs": 7, "min_delta": 100.0, "scheduler": "plateau", "decay_epochs": 2}
-    trainer = tiny_trainer(tmp_path, batches, batches, lr=0.01, decay_factor=0.5, log_every=1, monitor="loss", **options)
+    trainer = tiny_trainer(
+        tmp_path, batches, batches, lr=0.01, decay_factor=0.5, log_every=1, monitor="loss", **options
+    )
     trainer.train()
     rates = {line["epoch"]: line["lr"] for line in lines_of(trainer.run.path, "train")}
     assert [rates[epoch] for epoch in range(7)] == [0.01, 0.01, 0.01, 0.005, 0.005, 0.0025, 0.0025]
@@ -173,7 +177,9 @@ def test_checkpoints_kept_are_the_newest_and_the_best(tmp_path):
 def test_a_loss_of_nan_stops_the_run_and_saves_nothing_of_it(tmp_path):
     batches = tiny_batches([8] * 6)
     batches[3][0][0, 0, 0, 0] = float("nan")
-    trainer = tiny_trainer(tmp_path, batches, batches, batch_size=8, log_every=2, save_every_steps=2, experiment_name="x")
+    trainer = tiny_trainer(
+        tmp_path, batches, batches, batch_size=8, log_every=2, save_every_steps=2, experiment_name="x"
+    )
     with pytest.raises(Diverged, match="loss is nan at step 4"):
         trainer.train()
     assert json.loads((tmp_path / "x" / "status.json").read_text())["state"] == "diverged"
@@ -243,7 +249,9 @@ assert trainer.plain_model.head.weight.dtype == torch.float32
 @pytest.mark.long
 def test_a_compiled_model_trains_alike_and_saves_clean_names(tmp_path):
     batches = tiny_batches([8] * 4)
-    plain, compiled = (tiny_trainer(tmp_path / str(c), batches, batches, batch_size=8, compile=c) for c in (False, True))
+    plain, compiled = (
+        tiny_trainer(tmp_path / str(c), batches, batches, batch_size=8, compile=c) for c in (False, True)
+    )
     for trainer in (plain, compiled):
         trainer.train()
     assert distance(weights(compiled), weights(plain)) < 1e-4

@@ -47,7 +47,13 @@ def tiny_batches(sizes: list[int], classes: int = 3, seed: int = 0) -> list[tupl
 
 
 def tiny_trainer(
-    folder: Path, train: Any, val: Any = None, *, trainer: type[MainTrainer] = MainTrainer, model: Any = None, **options: Any
+    folder: Path,
+    train: Any,
+    val: Any = None,
+    *,
+    trainer: type[MainTrainer] = MainTrainer,
+    model: Any = None,
+    **options: Any,
 ) -> MainTrainer:
     plain = {"weight_decay": 0.0, "scheduler": "constant", "cpu_threads": 1, "output_dir": str(folder), "epochs": 1}
     return trainer(make_config(**(plain | options)), model or TinyNet(), train, val)

@@ -1,0 +1,253 @@
+"""The commands, as users type them, in fresh processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT, SHARED_DATA, lines_of, run_script
+from tests.hub_server import TOKEN, HubServer
+
+TINY = ["--max_steps", "3", "--batch_size", "8", "--log_every", "1", "--cpu_threads", "1"]
+
+
+def launch(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | env, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A short run, with every tracker on, by accelerate launch."""
+    folder = tmp_path_factory.mktemp("scripts")
+    launcher = str(Path(sys.executable).with_name("accelerate"))
+    flags = ["--output_dir", str(folder), "--experiment_name", "r", "--use_tensorboard", "--use_wandb", "--epochs", "3"]
+    done = launch(launcher, "launch", "scripts/train.py", *flags, WANDB_MODE="offline")
+    (folder / "r" / "said.txt").write_text(done.stdout)
+    return folder / "r"
+
+
+def test_the_first_command_says_what_a_newcomer_needs(run):
+    said = (run / "said.txt").read_text()
+    for words in (
+        "simple_cnn: 288,170 parameters",
+        "train 1,438 · validation 180 · test 179",
+        "samples/s  wait",
+        "best      accuracy",
+        f"run       {run}",
+        f"scripts/test.py --weights {run}",
+    ):
+        assert words in said
+    assert len(said.splitlines()[0]) < 100
+    assert max(len(line) for line in said.splitlines() if re.match(r" +\d+ ", line)) <= 80
+    assert "warning" not in said
+
+
+def test_the_run_folder_tells_what_happened(run):
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    assert json.loads((run / "env.json").read_text())["torch"]
+    steps = [line["step"] for line in lines_of(run, "train")]
+    assert steps == [1, *range(10, 133, 10)]
+    assert [line["epoch"] for line in lines_of(run, "val")] == [0, 1, 2]
+    for line in lines_of(run, "speed"):
+        assert line["samples_per_second"] > 0
+        assert 0 <= line["data_wait_share"] < 1
+    last = lines_of(run, "val")[-1]
+    assert set(last) == {"kind", "step", "epoch", "loss", "accuracy", "top5_accuracy", "f1"}
+    assert last["accuracy"] > 0.8
+
+
+def test_trackers_hold_the_metrics(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("val/accuracy")]
+    assert found == [(line["step"], pytest.approx(line["accuracy"])) for line in lines_of(run, "val")]
+    assert len(events.Scalars("train/loss")) == len(lines_of(run, "train"))
+    (offline,) = (run / "wandb").glob("offline-run-*")
+    content = b"".join(path.read_bytes() for path in offline.glob("*.wandb"))
+    for words in (b"val/accuracy", b"batch_size", b"model.safetensors"):
+        assert words in content, words
+
+
+def test_a_tracker_that_fails_stops_nothing(tmp_path):
+    (tmp_path / "wandb.py").write_text("def init(**_): raise OSError('no room for a tracker')\nclass Settings:\n"
+                                       "    def __init__(self, **_): pass\n")  # fmt: skip
+    flags = [*TINY, "--output_dir", tmp_path, "--experiment_name", "t", "--use_wandb"]
+    said = run_script("train.py", *flags, env={"PYTHONPATH": str(tmp_path)}).stdout
+    assert "warning: W&B stopped (OSError: no room for a tracker)" in said
+    assert len(lines_of(tmp_path / "t", "train")) == 3
+
+
+@pytest.mark.parametrize("weights", ["", "best", "best/model.safetensors", "checkpoints/step_00000132"])
+def test_test_measures_a_run_a_folder_a_file_and_a_checkpoint(run, weights):
+    said = run_script("test.py", "--weights", run / weights).stdout
+    assert "test samples          179" in said
+    line = lines_of(run, "test")[-1]
+    assert line["accuracy"] > 0.8
+    assert f"test accuracy         {line['accuracy']:.4f}" in said
+    val = run_script("test.py", "--weights", run / "best", "--on", "val").stdout
+    status = json.loads((run / "status.json").read_text())
+    assert f"val accuracy         {status['best']['value']:.4f}" in val
+
+
+def test_test_needs_nothing_but_the_model_and_the_data(run, tmp_path, image_folder):
+    import shutil
+
+    shutil.copytree(run / "best", tmp_path / "model")
+    said = run_script("test.py", "--weights", "model", "--dataset", "digits", cwd=tmp_path).stdout
+    assert "test accuracy" in said
+    assert json.loads((tmp_path / "model" / "test_metrics.jsonl").read_text())["samples"] == 179
+    done = run_script("test.py", "--weights", "model", "--test_data_dir", image_folder, cwd=tmp_path, rc=1)
+    assert "class folder 'bright' is none of the 10 training classes" in done.stderr
+
+
+def test_predict_reads_files_and_folders_and_names_what_it_cannot_read(run, tmp_path):
+    (tmp_path / "in" / "more").mkdir(parents=True)
+    with np.load(ROOT / "data" / "digits.npz") as digits:
+        for place in range(20):
+            picture = Image.fromarray(np.round(digits["images"][place] * (255 / 16)).astype(np.uint8))
+            picture.save(tmp_path / "in" / "more" / f"{place:02d}_{digits['labels'][place]}.png")
+    (tmp_path / "in" / "broken.png").write_text("no picture")
+    output = tmp_path / "out" / "p.csv"
+    said = run_script("predict.py", "--weights", run, tmp_path / "in", "--output", output, "--batch_size", "7").stdout
+    assert "20 predictions written" in said
+    assert "1 files could not be read" in said
+    rows = list(csv.DictReader(output.open()))
+    assert rows[0]["path"].endswith("broken.png")
+    assert "cannot" in rows[0]["error"]
+    right = [Path(row["path"]).stem.split("_")[1] == row["label"] for row in rows[1:]]
+    assert sum(right) >= 16
+    lines = tmp_path / "p.jsonl"
+    run_script("predict.py", "--weights", run / "best", rows[1]["path"], "--output", lines)
+    assert json.loads(lines.read_text())["label"] == rows[1]["label"]
+    done = run_script("predict.py", "--weights", tmp_path / "nothing", tmp_path / "in", rc=2)
+    assert "does not exist" in done.stderr
+
+
+def test_a_run_pushes_its_best_model_and_anyone_loads_it(tmp_path):
+    with HubServer() as hub:
+        env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        flags = [*TINY, "--output_dir", tmp_path, "--experiment_name", "p"]
+        said = run_script("train.py", *flags, "--push_to_hub", "--hub_model_id", "tester/digits", env=env).stdout
+        assert f"pushed    {hub.url}/tester/digits/commit/" in said
+        pushed = hub.repositories["tester/digits"]
+        assert set(pushed) == {"README.md", "config.json", "model.safetensors"}
+        for name, content in pushed.items():
+            assert (tmp_path / "p" / "best" / name).read_bytes() == content
+        assert b"simple_cnn" in pushed["README.md"]
+        assert TOKEN.encode() not in b"".join(p.read_bytes() for p in (tmp_path / "p").rglob("*") if p.is_file())
+        code = (
+            "import torch, models; a = models.load('tester/digits');"
+            f"b = models.load({str(tmp_path / 'p')!r}); c = models.BaseModel.from_pretrained('tester/digits');"
+            "x = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8);"
+            "assert torch.equal(a(x), b(x)) and torch.equal(a(x), c(x))"
+        )
+        launch(sys.executable, "-c", code, **env, PYTHONPATH=str(ROOT))
+        env["HF_TOKEN"] = "hf_wrong"
+        done = run_script("push.py", tmp_path / "p", "--hub_model_id", "tester/other", rc=1, env=env)
+        assert "the hub did not take the model" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("preset", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_every_preset_trains_at_tiny_size(preset, tmp_path, image_folder):
+    data = ["--train_data_dir", image_folder, "--image_size", "16", "--split", "0.75", "0.25", "0"]
+    flags = ["--config", ROOT / "configs" / preset, *TINY, "--warmup_steps", "1", "--output_dir", tmp_path]
+    said = run_script("train.py", *flags, *data).stdout
+    assert "best      accuracy" in said
+
+
+def test_commands_run_uninstalled_from_anywhere_and_as_a_module(tmp_path):
+    run_script("train.py", *TINY, "--output_dir", tmp_path, "--experiment_name", "here", cwd=tmp_path)
+    launch(sys.executable, "-m", "scripts.train", *TINY, "--output_dir", str(tmp_path), "--experiment_name", "module")
+    here, module = (lines_of(tmp_path / name) for name in ("here", "module"))
+    assert here == module
+    said = run_script("summary.py", "--model", "resnet18", cwd=tmp_path).stdout
+    assert "resnet18: 11,172,810 parameters" in said
+
+
+def test_two_processes_compute_what_one_does(tmp_path):
+    flags = (
+        "--max_steps 12 --batch_size 32 --micro_batch_size 8 --log_every 1 --mixup 0.2 --cpu_threads 1 --trace_samples"
+    )
+    common = [*flags.split(), "--output_dir", str(tmp_path), "--experiment_name"]
+    run_script("train.py", *common, "one")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch(*torchrun, "scripts/train.py", *common, "two", ACCELERATE_USE_CPU="true")
+    assert json.loads((tmp_path / "two" / "env.json").read_text())["processes"] == 2
+    assert (tmp_path / "one" / "samples.jsonl").read_text() == (tmp_path / "two" / "samples.jsonl").read_text()
+    for one, two in zip(lines_of(tmp_path / "one", "train"), lines_of(tmp_path / "two", "train")):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["lr"] == one["lr"]
+    val = [lines_of(tmp_path / name, "val")[-1] for name in ("one", "two")]
+    assert val[1]["loss"] == pytest.approx(val[0]["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rc", "words"),
+    [
+        (["--model", "resnet19"], 2, ["--model resnet19", "resnet18"]),
+        (["--task", "detecton"], 2, ["--task detecton"]),
+        (["--monitor", "acuracy"], 2, ["--monitor acuracy", "accuracy"]),
+        (["--batch_size", "5000"], 1, ["1438 training samples", "5000", "--batch_size"]),
+        (["--train_data_dir", "nowhere"], 1, ["no such folder of images", "nowhere"]),
+        (["--lr", "1e30", "--optimizer", "sgd"], 3, ["loss is nan at step", "--lr"]),
+        (["--output_dir", "/proc/nowhere"], 1, ["cannot write the run folder", "/proc/nowhere", "--output_dir"]),
+    ],
+)
+def test_a_fault_is_one_block_that_says_what_to_do(tmp_path, flags, rc, words):
+    start = time.perf_counter()
+    done = run_script("train.py", "--output_dir", tmp_path, *flags, rc=rc)
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 1
+    for word in words:
+        assert word in done.stderr
+    assert rc != 2 or time.perf_counter() - start < 20  # 3 s on a quiet machine
+
+
+def test_running_out_of_memory_says_what_to_lower():
+    import torch
+
+    from scripts.report import block
+
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError("")):
+        text, code = block(error)
+        assert code == 1
+        assert "out of memory" in text
+        assert "--micro_batch_size" in text
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_default_run_reaches_98_percent(tmp_path, seed):
+    run_script("train.py", "--output_dir", tmp_path, "--experiment_name", "r", "--seed", seed)
+    assert json.loads((tmp_path / "r" / "status.json").read_text())["best"]["value"] >= 0.98
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not (SHARED_DATA / "cifar10").is_dir(), reason="no CIFAR-10 beside the project")
+def test_the_cifar10_preset_trains_on_the_real_files(tmp_path):
+    flags = [
+        "--config",
+        ROOT / "configs" / "cifar10.yaml",
+        "--dataset",
+        SHARED_DATA / "cifar10",
+        "--model",
+        "simple_cnn",
+    ]
+    run_script("train.py", *flags, "--max_steps", "60", "--warmup_steps", "10", "--lr", "0.05", "--ema_decay", "0",
+               "--output_dir", tmp_path, "--experiment_name", "c")  # fmt: skip
+    assert json.loads((tmp_path / "c" / "status.json").read_text())["best"]["value"] > 0.2
