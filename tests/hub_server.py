@@ -106,12 +106,10 @@ class Handler(BaseHTTPRequestHandler):
             content = repositories[found[1]][found[2]]
             etag = hashlib.sha1(content).hexdigest()
             return self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": self.revision(found[1])})
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
-            if found[1] in repositories:
-                siblings = [{"rfilename": name} for name in repositories[found[1]]]
-                return self.answer(
-                    200, {"id": found[1], "sha": self.revision(found[1]), "siblings": siblings, "tags": []}
-                )
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", path)
+        if found and found[1] in repositories:
+            siblings = [{"rfilename": name} for name in repositories[found[1]]]
+            return self.answer(200, {"id": found[1], "sha": self.revision(found[1]), "siblings": siblings, "tags": []})
         return self.refuse(404, "RepoNotFound")
 
     def revision(self, name: str) -> str:

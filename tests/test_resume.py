@@ -21,7 +21,11 @@ from tests.tiny import TinyNet, tiny_batches, tiny_trainer, weights
 from trainer import checkpoint
 
 # accumulation, dropout (of simple_cnn), augmentation, mixing, averaging, clipping: whatever has or draws state
-OPTIONS = ["--epochs", "2", "--batch_size", "96", "--micro_batch_size", "32", "--augment", "trivialaugment", "--random_erasing", "0.3", "--mixup", "0.2", "--cutmix", "1.0", "--ema_decay", "0.99", "--grad_clip", "--warmup_steps", "5", "--trace_samples", "--log_every", "4", "--save_every_steps", "5", "--cpu_threads", "1"]
+OPTIONS = (
+    "--epochs 2 --batch_size 96 --micro_batch_size 32 --augment trivialaugment --random_erasing 0.3 --mixup 0.2 "
+    "--cutmix 1.0 --ema_decay 0.99 --grad_clip --warmup_steps 5 --trace_samples --log_every 4 --save_every_steps 5 "
+    "--cpu_threads 1"
+).split()
 FINAL = "step_00000028"
 
 

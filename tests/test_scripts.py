@@ -18,7 +18,7 @@ from PIL import Image
 from tests.conftest import ROOT, SHARED_DATA, lines_of, run_script
 from tests.hub_server import TOKEN, HubServer
 
-TINY = ["--max_steps", "3", "--batch_size", "8", "--log_every", "1", "--cpu_threads", "1"]
+TINY = "--max_steps 3 --batch_size 8 --log_every 1 --cpu_threads 1".split()
 
 
 def launch(*command: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -8,58 +8,31 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from configs.errors import ConfigError, DataError, Diverged, UserError
+from configs.errors import ConfigError, DataError, Diverged
 from configs.options import Config
 from data.order import Use, mix, seed_device
-from trainer import checkpoint, run_folder
+from trainer import checkpoint, run_folder, saving
 from trainer.device import default_threads, make_accelerator
 from trainer.ema import WeightAverage
 from trainer.losses import Criterion, Losses, Weights, total
 from trainer.metrics import Meter, means
-from trainer.model_card import model_card
 from trainer.monitor import check_monitor, higher_is_better
 from trainer.optim import build_optimizers, clip_gradients, lr_factor
 from trainer.progress import Clock, EpochBar, Table
 from trainer.state import TrainState
-from trainer.trackers import TensorBoard, Tracker, WeightsAndBiases
-
-Batch = dict[str, Any]
-
-
-@runtime_checkable
-class PositionedLoader(Protocol):
-    """A loader that can begin anywhere. Any other iterable of batches works too, and is skipped through."""
-
-    steps_per_epoch: int
-
-    def set_position(self, epoch: int, step_in_epoch: int) -> None: ...
-    def __iter__(self) -> Iterator[Any]: ...
-
-
-@dataclass
-class Window:
-    """The micro-batches of one optimizer step, and where `optimize` is among them."""
-
-    batches: list[Batch]
-    counts: list[Any]
-    total: Any  # counts of all micro-batches on all processes
-    number: int = 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.number == len(self.batches) - 1
+from trainer.trackers import Tracker, open_trackers
+from trainer.windows import Batch, PositionedLoader, Window, count_steps, grouped, samples_in
 
 
 class BaseTrainer(ABC):
@@ -119,7 +92,7 @@ class BaseTrainer(ABC):
         self.window = Window([], [], 0)
         self.clock = Clock()
         self.session_steps = 0
-        self.steps_per_epoch = self.count_steps(train_loader)
+        self.steps_per_epoch = count_steps(train_loader, self.batch_share, config.max_steps)
         self.total_steps = config.max_steps or self.steps_per_epoch * config.epochs
         self.trackers: list[Tracker] = []
         self.table = Table(config.monitor, shown=self.is_main)
@@ -148,7 +121,7 @@ class BaseTrainer(ABC):
 
     def count(self, batch: Batch) -> Any:
         """What a mean loss is a mean over: samples. Masked or weighted losses count something else."""
-        return 0 if "valid" in batch else len(next(iter(batch.values())))
+        return 0 if "valid" in batch else samples_in(batch)
 
     def kept(self, predictions: Any, batch: Batch) -> tuple[Tensor, ...]:
         """What `hits` needs of each sample, tensors [B, ...]; kept on the device until the next log line."""
@@ -173,7 +146,7 @@ class BaseTrainer(ABC):
         check_monitor(self.config, self.val_metric_names() if self.val_loader is not None else ["loss", "accuracy"])
         if self.is_main:
             print(*self.messages, sep="\n", end="\n" if self.messages else "")
-        self.load_checkpoint()
+        saving.load_checkpoint(self)
         if self.finished:
             return {"state": "done", **self.standing()}
         self.open_run()
@@ -226,7 +199,7 @@ class BaseTrainer(ABC):
         self.log_metrics(results)
         self.table.line(state.epoch, results, self.clock.speed(), best=is_best)
         if is_best:
-            self.save_best(judged)
+            saving.save_best(self, judged)
         ranked = sorted([*state.best_steps, (value, state.step)], key=lambda e: (-e[0] if higher else e[0], e[1]))
         state.best_steps = ranked[: config.keep_best]
         if state.step_in_epoch >= self.steps_per_epoch:
@@ -272,26 +245,13 @@ class BaseTrainer(ABC):
         done = self.state.step_in_epoch
         if isinstance(train_loader, PositionedLoader):
             train_loader.set_position(self.state.epoch, done)
-            groups = self.grouped(train_loader)
+            groups = grouped(self.clock.waiting(train_loader), self.batch_share)
         else:
-            groups = itertools.islice(self.grouped(train_loader), done, None)
+            groups = itertools.islice(grouped(self.clock.waiting(train_loader), self.batch_share), done, None)
         for batches in groups:
             counts = [self.count(batch) for batch in batches]
             self.clock.samples += self.config.batch_size
             yield Window(batches, counts, self.window_total(counts, train_loader))
-
-    def grouped(self, loader: Iterable[Any]) -> Iterator[list[Batch]]:
-        batches: list[Batch] = []
-        samples = 0
-        for item in self.clock.waiting(loader):
-            batch = as_dict(item)
-            batches.append(batch)
-            samples += len(next(iter(batch.values())))
-            if samples >= self.batch_share:
-                yield batches
-                batches, samples = [], 0
-        if batches:
-            yield batches
 
     def window_total(self, counts: list[Any], loader: Iterable[Any]) -> Any:
         """The count of the window over all processes; known without asking where an order made it."""
@@ -309,7 +269,7 @@ class BaseTrainer(ABC):
         for number, batch in enumerate(window.batches):
             window.number = number
             batch["offset"] = offset
-            offset += len(next(iter(batch.values())))
+            offset += samples_in(batch)
             seed_device(mix(self.config.seed, Use.STEP, self.state.step, batch["offset"]), self.device)
             if window.is_last:
                 yield self.on_device(batch)
@@ -413,49 +373,8 @@ class BaseTrainer(ABC):
         return self.ema.applied() if self.ema is not None else nullcontext()
 
     def save_checkpoint(self) -> None:
-        """All that is needed to continue, in one folder that appears whole."""
-        state, folder = self.state, self.run.checkpoints
-        self.meter.read(state.window_sums, state.epoch_sums)  # also refuses to save after a loss of NaN
-        hidden = folder / f".step_{state.step:08d}"
-        if self.is_main:
-            checkpoint.begin(folder, state.step)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(hidden))
-        self.accelerator.wait_for_everyone()
-        if self.is_main:
-            if self.ema is not None:
-                save_file(self.ema.state_dict(), hidden / "ema.safetensors", metadata={"format": "pt"})
-            run_folder.write_whole(hidden / "config.json", model_json(self.plain_model))
-            checkpoint.commit(hidden, state.to_json())
-            best_steps = {step for _, step in state.best_steps}
-            checkpoint.prune(folder, keep_last=self.config.keep_last, keep_steps=best_steps)
-            self.run.status("running", **self.standing())
-        self.accelerator.wait_for_everyone()
-
-    def save_best(self, metrics: dict[str, float]) -> None:
-        """best/: the model as `from_pretrained` loads it, with its averaged weights where there are such."""
-        if self.is_main:
-            self.run.best.mkdir(parents=True, exist_ok=True)
-            card = model_card(self.config, model_json(self.plain_model), metrics, self.state.step)
-            run_folder.write_whole(self.run.best / "README.md", card)
-            with self.averaged():
-                self.plain_model.save_pretrained(self.run.best)
-
-    def load_checkpoint(self) -> None:
-        if self.resume_from is None:
-            return
-        self.accelerator.load_state(str(self.resume_from))
-        if self.ema is not None:
-            file = self.resume_from / "ema.safetensors"
-            if not file.is_file():
-                raise UserError(
-                    "the checkpoint has no averaged weights",
-                    where=str(file),
-                    fix="continue without --ema_decay",
-                )
-            self.ema.load_state_dict(load_file(file, device=str(self.device)))
-        if self.is_main:
-            print(f"continuing {self.run.path} after step {self.state.step} (epoch {self.state.epoch + 1})")
+        self.meter.read(self.state.window_sums, self.state.epoch_sums)  # refuses to save after a loss of NaN
+        saving.save_checkpoint(self)
 
     def open_run(self) -> None:
         config = self.config
@@ -470,17 +389,8 @@ class BaseTrainer(ABC):
             ),
         )
         self.run.status("running", **self.standing())
-        if self.is_main and config.use_tensorboard:
-            folder = self.run.path / "tensorboard"
-            self.trackers.append(Tracker("TensorBoard", lambda: TensorBoard(folder, asdict(config))))
-        if self.is_main and config.use_wandb:
-            path, key = self.run.path, self.state.wandb_id
-            self.trackers.append(
-                Tracker(
-                    "W&B",
-                    lambda: WeightsAndBiases(path, asdict(config), config.wandb_project, path.name, key),
-                )
-            )
+        if self.is_main:
+            self.trackers = open_trackers(config, self.run.path, self.state.wandb_id)
 
     # ---- small things of the start ------------------------------------------------------------------------
 
@@ -498,35 +408,4 @@ class BaseTrainer(ABC):
         """The main process's words on every process."""
         if self.accelerator.num_processes == 1:
             return text
-        from accelerate.utils import broadcast_object_list
-
         return broadcast_object_list([text])[0]
-
-    def count_steps(self, loader: Iterable[Any] | None) -> int:
-        """Optimizer steps of an epoch."""
-        if loader is None:
-            return 1
-        if isinstance(loader, PositionedLoader):
-            return loader.steps_per_epoch
-        if isinstance(loader, (list, tuple)):
-            return max(1, sum(1 for _ in self.grouped(loader)))
-        micro_batch = getattr(loader, "batch_size", None)  # a torch DataLoader
-        if isinstance(loader, Sized) and micro_batch:
-            return -(-len(loader) // -(-self.batch_share // micro_batch))
-        if self.config.max_steps:
-            return self.config.max_steps
-        raise ConfigError("the train_loader does not tell how long an epoch is", fix="give --max_steps")
-
-
-def as_dict(item: Any) -> Batch:
-    """An (images, labels) pair as a batch; a dict is one already."""
-    if isinstance(item, dict):
-        return dict(item)
-    images_BCHW, labels = item
-    return {"images_BCHW": images_BCHW, "labels": labels}
-
-
-def model_json(model: Any) -> str:
-    import json
-
-    return json.dumps(model.config(), indent=2)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.base_trainer import BaseTrainer, Batch, as_dict
+from trainer.base_trainer import BaseTrainer
 from trainer.losses import Criterion, Losses, combine
 from trainer.metrics import ClassificationMetrics, Meter, Sums, means
 from trainer.mixing import mix_pairs
 from trainer.progress import Clock, EpochBar
+from trainer.windows import Batch, as_dict
 
 
 class MainTrainer(BaseTrainer):

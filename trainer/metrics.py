@@ -105,7 +105,7 @@ class Meter:
                 if not math.isfinite(value):
                     raise Diverged(
                         f"{name} is {value} at step {step}",
-                        fix="lower --lr, add --warmup_steps or --grad_clip, try bf16 for fp16; look for NaN in the data",
+                        fix="lower --lr, add --warmup_steps or --grad_clip, try bf16 for fp16; check the data",
                     )
 
 

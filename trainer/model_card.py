@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
 from configs.arguments import NOT_SAVED, to_yaml
 from configs.options import Config
 
 
-def model_card(config: Config, model_config: str, metrics: dict[str, float], step: int) -> str:
+def model_card(config: Config, described: dict[str, Any], metrics: dict[str, float], step: int) -> str:
     """What the model is, what it reached, how to load it, and the config that made it."""
-    described = json.loads(model_config)
     size = described["preprocess"]["image_size"]
     data = config.train_data_dir or config.dataset
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())

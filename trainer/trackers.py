@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from configs.options import Config
 
 FINISH_SECONDS = 60.0
 
@@ -53,6 +56,17 @@ class Tracker:
                 f"warning: {self.name} stopped ({reason[:200]}); the run goes on, metrics.jsonl is complete",
                 flush=True,
             )
+
+
+def open_trackers(config: Config, folder: Path, run_id: str) -> list[Tracker]:
+    """Those that the config asks for; run_id lets a resumed run go on where it was."""
+    found = []
+    if config.use_tensorboard:
+        found.append(Tracker("TensorBoard", lambda: TensorBoard(folder / "tensorboard", asdict(config))))
+    if config.use_wandb:
+        project, name = config.wandb_project, folder.name
+        found.append(Tracker("W&B", lambda: WeightsAndBiases(folder, asdict(config), project, name, run_id)))
+    return found
 
 
 class TensorBoard:

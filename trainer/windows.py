@@ -1,0 +1,78 @@
+"""From a loader's micro-batches to the windows of optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from configs.errors import ConfigError
+
+Batch = dict[str, Any]
+
+
+@runtime_checkable
+class PositionedLoader(Protocol):
+    """A loader that can begin anywhere. Any other iterable of batches works too, and is skipped through."""
+
+    steps_per_epoch: int
+
+    def set_position(self, epoch: int, step_in_epoch: int) -> None: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+@dataclass
+class Window:
+    """The micro-batches of one optimizer step, and which of them `optimize` is at."""
+
+    batches: list[Batch]
+    counts: list[Any]  # what each one's mean loss is a mean over
+    total: Any  # the sum of counts over all processes
+    number: int = 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.number == len(self.batches) - 1
+
+
+def as_dict(item: Any) -> Batch:
+    """An (images, labels) pair as a batch; a dict is one already."""
+    if isinstance(item, dict):
+        return dict(item)
+    images_BCHW, labels = item
+    return {"images_BCHW": images_BCHW, "labels": labels}
+
+
+def samples_in(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def grouped(loader: Iterable[Any], samples_per_window: int) -> Iterator[list[Batch]]:
+    """Micro-batches, as many as make up a window; the last window may have fewer."""
+    batches: list[Batch] = []
+    samples = 0
+    for item in loader:
+        batch = as_dict(item)
+        batches.append(batch)
+        samples += samples_in(batch)
+        if samples >= samples_per_window:
+            yield batches
+            batches, samples = [], 0
+    if batches:
+        yield batches
+
+
+def count_steps(loader: Iterable[Any] | None, samples_per_window: int, max_steps: int | None) -> int:
+    """Optimizer steps of an epoch. Raises ConfigError where the loader does not tell."""
+    if loader is None:
+        return 1
+    if isinstance(loader, PositionedLoader):
+        return loader.steps_per_epoch
+    if isinstance(loader, (list, tuple)):
+        return max(1, sum(1 for _ in grouped(loader, samples_per_window)))
+    micro_batch = getattr(loader, "batch_size", None)  # a torch DataLoader
+    if isinstance(loader, Sized) and micro_batch:
+        return -(-len(loader) // -(-samples_per_window // micro_batch))
+    if max_steps:
+        return max_steps
+    raise ConfigError("the train_loader does not tell how long an epoch is", fix="give --max_steps")
