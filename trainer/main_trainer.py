@@ -47,8 +47,7 @@ class MainTrainer(BaseTrainer):
     @torch.no_grad()
     def validate_epoch(self, val_loader: Iterable[Any]) -> dict[str, float]:
         self.model.eval()
-        meter, sums = Meter(None, self.reduce), Sums()
-        metrics = ClassificationMetrics(len(self.plain_model.classes), self.device)
+        meter, sums, metrics = Meter(None, self.reduce), Sums(), self.new_metrics()
         with self.averaged():
             for item in val_loader:
                 batch = self.on_device(as_dict(item))
@@ -66,6 +65,10 @@ class MainTrainer(BaseTrainer):
         self.model.eval()
         with self.averaged():
             return self.model(inputs.to(self.device)).softmax(1)
+
+    def new_metrics(self) -> ClassificationMetrics:
+        """What an evaluation counts, besides the losses."""
+        return ClassificationMetrics(len(self.plain_model.classes), self.device)
 
     def kept(self, predictions: Any, batch: Batch) -> tuple[Tensor, ...]:
         return predictions.detach(), batch["labels"]

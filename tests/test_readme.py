@@ -1,0 +1,90 @@
+"""What the README says, done."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.flags_table import BEGIN, END, table
+from tests.conftest import ROOT, lines_of, run_script
+
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+CHANGES = {
+    match[1].splitlines()[0]: (match[1], match[2])
+    for match in re.finditer(r"```python\n(# .*?)```\n\n`python scripts/train.py (.*?)`", README, flags=re.S)
+}
+
+
+def test_the_table_of_flags_is_that_of_the_config():
+    inside = README.split(BEGIN)[1].split(END)[0]
+    assert inside.strip() == table().strip(), "run: python -m configs.flags_table README.md"
+
+
+def test_the_two_commands_stand_first():
+    assert [block.strip() for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S)[:2]] == [
+        "pip install -e . && accelerate launch scripts/train.py",
+        'pip install -e ".[dev]" && pytest',
+    ]
+    assert 'pip install -e ".[dev]" && pytest\n' in (ROOT / ".ci" / "run").read_text()
+
+
+def run_code(code: str, cwd: Path, *arguments: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/bin"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("file", CHANGES)
+def test_an_extension_trains_as_it_stands(file, tmp_path):
+    code, flags = CHANGES[file]
+    train = "\nimport sys\nfrom scripts.train import main\nsys.exit(main(sys.argv[1:]))\n"
+    tiny = f"--epochs 3 --batch_size 16 --output_dir {tmp_path} --experiment_name x"
+    run_code(code + train, tmp_path, *shlex.split(flags), *tiny.split())
+    losses = [line["loss"] for line in lines_of(tmp_path / "x", "epoch")]
+    assert losses[-1] < 0.9 * losses[0]
+    if "focal" in flags:
+        assert "loss/focal" in lines_of(tmp_path / "x", "val")[-1]
+
+
+def test_there_are_four_extensions():
+    assert len(CHANGES) == 4
+
+
+def test_the_notebook_example_and_loading_work(tmp_path):
+    notebook = next(block for block in PYTHON if "MainTrainer(make_config" in block)
+    assert "tensor(" in run_code(notebook, tmp_path)
+    (run,) = (tmp_path / "runs").iterdir()
+    load = next(block for block in PYTHON if "models.load" in block).replace("runs/NAME", str(run))
+    code = "import torch\nimages_uint8 = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)\n" + load
+    assert "['cat', 'dog'] 32" in run_code(code, tmp_path)
+
+
+def commands() -> list[str]:
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S))
+    return [
+        line.split("  #")[0].strip() for line in blocks.splitlines() if "scripts/train.py" in line and "pip" not in line
+    ]
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in commands() if "cifar10" not in c and "torchrun" not in c and "--resume" not in c]
+)
+def test_every_training_command_runs_at_tiny_size(command, tmp_path, image_folder):
+    flags = command.split("scripts/train.py", 1)[1].replace("./dataset/YourDataset", str(image_folder))
+    tiny = "--max_steps 2 --batch_size 4 --image_size 16 --warmup_steps 0 --split 0.75 0.25 0".split()
+    run_script("train.py", *shlex.split(flags), *tiny, "--output_dir", tmp_path)
+
+
+def test_every_script_and_file_that_is_named_exists():
+    for path in set(re.findall(r"(?:scripts|configs|tests|trainer|data|models)/[\w/]+\.(?:py|yaml)", README)):
+        if not any(path in code for code, _ in CHANGES.values()):
+            assert (ROOT / path).is_file(), path
