@@ -9,7 +9,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -84,7 +84,7 @@ def config_of_resumed_run(resume: str | None) -> str | None:
     """`--resume PATH` alone takes the options of that run, so that its command need not be repeated."""
     if resume in (None, "auto", "never"):
         return None
-    folder = Path(str(resume))
+    folder = Path(str(resume)).resolve()
     for candidate in (folder, folder.parent.parent):
         if (candidate / "config.yaml").is_file():
             return str(candidate / "config.yaml")
@@ -115,6 +115,9 @@ def flags_of_yaml(path: Path) -> list[str]:
     """The YAML file as flags, so that both are typed by the same rules (YAML reads 1e-3 as text and no as False)."""
     flags = []
     for key, value in read_yaml(path).items():
+        fault = wrong_type(key, value)
+        if fault:
+            raise ConfigError(f"{key}: {fault}", where=str(path))
         if value is False and HINTS[key] is not bool:
             value = "no"
         if HINTS[key] is bool:
@@ -126,6 +129,17 @@ def flags_of_yaml(path: Path) -> list[str]:
         else:
             flags.append(f"--{key}={value}")
     return flags
+
+
+def wrong_type(key: str, value: Any) -> str:
+    """What the flags' own typing would not notice, since it sees text only; '' where nothing is wrong."""
+    if value is None and HINTS[key] in (str, int, float, bool):
+        return f"needs a value of type {HINTS[key].__name__}, not null"
+    if value is True and HINTS[key] is not bool:
+        return "true (or yes, or on) is no value for it; write text in quotes"
+    if isinstance(value, list) and get_origin(HINTS[key]) is not tuple:
+        return f"takes one value, not the list {value}"
+    return ""
 
 
 def _check_yaml(yaml_flags: list[str], path: str, prog: str) -> None:
@@ -173,7 +187,11 @@ def make_config(**options: Any) -> Config:
     return Config(**options)
 
 
-def to_yaml(config: Config) -> str:
-    """The whole config as YAML that `--config` reads back."""
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+def to_yaml(config: Config, *, without: tuple[str, ...] = ()) -> str:
+    """The config as YAML that `--config` reads back."""
+    values = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(config).items()
+        if name not in without
+    }
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=float("inf"))

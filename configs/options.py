@@ -175,7 +175,7 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
             raise ConfigError(
                 f"--grad_clip is {self.grad_clip}: it must be above 0", fix="leave it out for no clipping"
             )
-        if min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6:
+        if min(self.split) < 0 or not abs(sum(self.split) - 1) <= 1e-6:
             raise ConfigError(
                 f"--split is {' '.join(map(str, self.split))}: three shares from 0 on that sum to 1, "
                 f"not {sum(self.split):g}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from configs.dataset_info import DATASETS, IMAGENET_MEAN, IMAGENET_STD, DatasetInfo, find_dataset_info
-from configs.errors import DataError
+from configs.errors import ConfigError, DataError
 from configs.options import Config, nearest
 from data.embedded import load_digits
 from data.order import Draw, generator_kept, seed_cpu
@@ -87,7 +87,7 @@ def load_data(config: Config) -> Data:
     """Open the sources and cut the splits. Raises DataError before anything is trained on."""
     if config.train_data_dir:
         name, splits = config.train_data_dir, folder_splits(config)
-        info = find_dataset_info(name)
+        info = None
     else:
         name, info = config.dataset, find_dataset_info(config.dataset)
         if name in SOURCES:
@@ -98,7 +98,12 @@ def load_data(config: Config) -> Data:
     check_splits(splits, name)
     train = splits["train"]
     first = train.source.image(int(train.ids[0]))
-    info = info if info and info.channels == len(first) else unknown_dataset(len(first))
+    if config.channels and config.channels != len(first):
+        raise ConfigError(f"--channels {config.channels}, but the images of {name} have {len(first)}")
+    plain = unknown_dataset(len(first))
+    info = info or plain
+    if info.channels != len(first):
+        info = replace(info, mean=plain.mean, std=plain.std)
     image_size = config.image_size or info.image_size or min(224, *first.shape[1:])
     return Data(name, train, splits.get("val"), splits.get("test"), train.source.classes, info, image_size)
 
@@ -227,24 +232,13 @@ def cut_missing_splits(splits: dict[str, Split], config: Config) -> dict[str, Sp
 
 def check_splits(splits: dict[str, Split], name: str) -> None:
     """Refuse what cannot be learnt or measured, before the first step."""
-    classes = len(splits["train"].source.classes)
     for part, split in splits.items():
         if not len(split):
             raise DataError(
-                f"the {part} split is empty",
-                where=name,
-                fix="give more data, or larger shares with --split A B C",
+                f"the {part} split is empty", where=name, fix="give more data, or larger shares with --split A B C"
             )
-        labels = split.source.labels[split.ids]
-        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-        if len(wrong):
-            place = int(split.ids[wrong[0]])
-            raise DataError(
-                f"label {labels[wrong[0]]} at place {place} of the {part} split: the {classes} classes are "
-                f"numbered 0 to {classes - 1} ({len(wrong)} such labels)",
-                where=name,
-                fix="correct the labels, or name another column with --label_column",
-            )
+        if part != "test":  # often published without labels; scripts/test.py checks them when it opens it
+            check_labels(split, part, name)
     present = np.unique(splits["train"].source.labels[splits["train"].ids])
     if len(present) < 2:
         raise DataError(
@@ -252,4 +246,17 @@ def check_splits(splits: dict[str, Split], name: str) -> None:
             f"{', '.join(splits['train'].source.classes[label] for label in present)}",
             where=name,
             fix="image folders hold one subfolder a class",
+        )
+
+
+def check_labels(split: Split, part: str, name: str) -> None:
+    """Refuse labels that are no class numbers."""
+    classes, labels = len(split.source.classes), split.source.labels[split.ids]
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        raise DataError(
+            f"label {labels[wrong[0]]} at place {int(split.ids[wrong[0]])} of the {part} split: the {classes} classes "
+            f"are numbered 0 to {classes - 1} ({len(wrong)} such labels)",
+            where=name,
+            fix="correct the labels, or name another column with --label_column",
         )

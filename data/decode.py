@@ -42,5 +42,8 @@ def to_tensor(image: Image.Image, channels: int, name: str) -> torch.Tensor:
     if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
         picture = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+    try:
+        pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+    except ValueError as error:
+        raise DataError(f"an image of mode {image.mode} cannot be converted: {error}", where=name) from None
     return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1)

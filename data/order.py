@@ -83,7 +83,7 @@ class TrainOrder:
             raise ValueError(f"a global batch of {batch_size} samples cannot be shared by {processes} processes")
         self.ids, self.seed, self.batch_size = ids, seed, batch_size
         self.process, self.processes = process, processes
-        self.micro_batch_size = min(micro_batch_size, batch_size // processes)
+        self.micro_batch = even_parts(batch_size // processes, micro_batch_size)
         self.steps_per_epoch = len(ids) // batch_size
         self.epoch = self.first_step = 0
 
@@ -97,9 +97,16 @@ class TrainOrder:
         share = self.batch_size // self.processes
         for step in range(self.first_step, self.steps_per_epoch):
             start = step * self.batch_size + self.process * share
-            for place in range(start, start + share, self.micro_batch_size):
-                ids = order[place : min(place + self.micro_batch_size, start + share)]
+            for place in range(start, start + share, self.micro_batch):
+                ids = order[place : min(place + self.micro_batch, start + share)]
                 yield Draw(ids, mix_ids(self.seed, Use.AUGMENT, self.epoch, ids=ids))
+
+
+def even_parts(share: int, at_most: int) -> int:
+    """The size of micro-batches of about one size (33 in parts of at most 32 is 18 + 15, not 32 + 1), even where
+    it can be, since MixUp pairs neighbours."""
+    size = -(-share // -(-share // at_most))
+    return min(at_most, size + size % 2)
 
 
 class EvalOrder:

@@ -48,6 +48,12 @@ class FolderSource:
                 "no such folder of images", where=str(root), fix="it holds one subfolder a class, with images"
             )
         found = sorted(folder.name for folder in root.iterdir() if folder.is_dir() and folder.name[0] != ".")
+        if found and not classes and set(found) <= {"train", "val", "valid", "validation", "test"}:
+            raise DataError(
+                f"the subfolders are splits ({', '.join(found)}), not classes",
+                where=str(root),
+                fix=f"give each its own flag: --train_data_dir {root / found[0]} --val_data_dir ...",
+            )
         self.classes = classes or found
         if strange := [name for name in found if name not in self.classes]:
             raise DataError(
@@ -59,17 +65,27 @@ class FolderSource:
             path
             for name in found
             for path in sorted((root / name).rglob("*"))
-            if path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
+            if path.suffix.lower() in IMG_EXTENSIONS and path.is_file() and not is_hidden(path, root)
         ]
         if not self.paths:
             raise DataError("no images found", where=str(root), fix="put them in one subfolder a class: cat/1.png")
         depth = len(root.parts)
         self.labels = np.array([numbers[path.parts[depth]] for path in self.paths], np.int64)
+        empty = sorted(set(range(len(found))) - set(self.labels.tolist())) if not classes else []
+        if empty:
+            raise DataError(
+                f"class folder {found[empty[0]]!r} holds no images", where=str(root), fix="fill or remove it"
+            )
         self.channels = channels or channels_of(open_image(self.paths[0], str(self.paths[0])))
 
     def image(self, place: int) -> torch.Tensor:
         path = self.paths[place]
         return to_tensor(open_image(path, str(path)), self.channels, str(path))
+
+
+def is_hidden(path: Path, root: Path) -> bool:
+    """Whether a name below root begins with a dot: thumbnails, notebooks' checkpoints, a Mac's notes."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 class ArrowSource:
@@ -107,8 +123,9 @@ def numbers_of(dataset: Any, label_column: str, classes: list[str], name: str) -
     if values.dtype.kind in "iu":
         return values.astype(np.int64)
     numbers = {name: number for number, name in enumerate(classes)}
-    if unknown := next((value for value in values if str(value) not in numbers), None):
-        raise DataError(f"label {unknown!r} is none of the {len(classes)} training classes", where=name)
+    unknown = [value for value in values.tolist() if str(value) not in numbers]
+    if unknown:
+        raise DataError(f"label {unknown[0]!r} is none of the {len(classes)} training classes", where=name)
     return np.array([numbers[str(value)] for value in values], np.int64)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import models
 from configs.errors import DataError
 from configs.options import Config
-from data.dataset import Split, load_data, whole
+from data.dataset import Split, check_labels, load_data, whole
 from data.loader import eval_loader
 from data.sources import FolderSource
 from scripts.wiring import TRAINERS
@@ -47,4 +47,5 @@ def open_split(config: Config, model: models.BaseModel, part: str) -> Split:
         raise DataError(
             f"there is no {part} split", where=data.name, fix="give --test_data_dir DIR, or measure --on val"
         )
+    check_labels(split, part, data.name)
     return split

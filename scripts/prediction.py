@@ -17,6 +17,7 @@ import models
 from configs.arguments import make_config
 from configs.errors import DataError
 from data.decode import open_image, to_tensor
+from data.sources import is_hidden
 from data.transforms import eval_transform
 from scripts.wiring import TRAINERS
 
@@ -54,7 +55,11 @@ def image_files(inputs: list[Path]) -> Iterator[Path]:
     """Files as they were given; the images of a folder and of those in it, by name."""
     for path in inputs:
         if path.is_dir():
-            found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMG_EXTENSIONS]
+            found = [
+                file
+                for file in sorted(path.rglob("*"))
+                if file.suffix.lower() in IMG_EXTENSIONS and not is_hidden(file, path)
+            ]
             if not found:
                 raise DataError("no images found", where=str(path), fix=f"they end with {', '.join(IMG_EXTENSIONS)}")
             yield from found

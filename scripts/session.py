@@ -74,4 +74,6 @@ def print_result(trainer: BaseTrainer, result: dict) -> None:
         return
     print("next      python scripts/test.py --weights " + str(path))
     print(f"          python scripts/predict.py --weights {path} IMAGE_OR_FOLDER")
-    print(f"          python scripts/train.py --resume {path} --epochs {trainer.config.epochs * 2}")
+    config = trainer.config
+    longer = f"--max_steps {config.max_steps * 2}" if config.max_steps else f"--epochs {config.epochs * 2}"
+    print(f"          python scripts/train.py --resume {path} {longer}")

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits as scikit_digits
 from configs.arguments import make_config
 from configs.dataset_info import DATASETS, find_dataset_info
 from configs.errors import ConfigError, DataError
-from data.dataset import load_data
+from data.dataset import check_labels, load_data
 from data.decode import open_image, to_tensor
 from data.embedded import load_digits
 from data.loader import eval_loader, train_loader
@@ -168,3 +168,48 @@ def test_the_dataset_table_knows_local_folders_by_their_name():
     assert find_dataset_info("some/where/cifar10") is DATASETS["cifar10"]
     assert find_dataset_info("uoft-cs/cifar100") is DATASETS["cifar100"]
     assert find_dataset_info("cats") is None
+
+
+def test_a_test_split_without_labels_can_be_trained_beside(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    pictures = [Image.new("L", (4, 4))] * 8
+    parts = {"train": [0, 1] * 4, "test": [-1] * 8}
+    tables = {
+        name: datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+        for name, labels in parts.items()
+    }
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "set")
+    data = load_data(make_config(dataset=str(tmp_path / "set"), split=(0.5, 0.5, 0)))
+    with pytest.raises(DataError, match="label -1"):
+        check_labels(data.test, "test", data.name)
+
+
+def test_hidden_files_are_no_data_and_split_folders_no_classes(image_folder):
+    hidden = image_folder / "dark" / ".checkpoints"
+    hidden.mkdir()
+    (hidden / "1.png").write_bytes(b"no picture")
+    (image_folder / "dark" / "._0.png").write_bytes(b"no picture")
+    assert len(load_data(make_config(train_data_dir=str(image_folder))).train.source.paths) == 16
+    (image_folder / "empty").mkdir()
+    with pytest.raises(DataError, match="class folder 'empty' holds no images"):
+        load_data(make_config(train_data_dir=str(image_folder)))
+    (image_folder / "empty").rmdir()
+    (image_folder / "dark").rename(image_folder / "val")
+    (image_folder / "bright").rename(image_folder / "train")
+    with pytest.raises(DataError, match=r"the subfolders are splits \(train, val\)"):
+        load_data(make_config(train_data_dir=str(image_folder)))
+
+
+def test_channels_that_the_data_have_not_are_refused():
+    with pytest.raises(ConfigError, match="--channels 3, but the images of digits have 1"):
+        load_data(make_config(channels=3))
+
+
+def test_random_erasing_blackens_parts_of_training_images():
+    data = load_data(make_config())
+    plain, erased = (
+        torch.cat([batch["images_BCHW"] for batch in read(train_loader(config, data))])
+        for config in (make_config(augment="none", num_workers=0, random_erasing=share) for share in (0.0, 1.0))
+    )
+    assert (plain != erased).flatten(1).any(1).float().mean() > 0.5
+    assert (erased[plain != erased] == 0).all()

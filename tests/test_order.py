@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import EvalOrder, TrainOrder, mix, mix_ids, permutation
+from data.order import EvalOrder, TrainOrder, even_parts, mix, mix_ids, permutation
 from data.splits import stratified_split
 from tests.conftest import ROOT
 
@@ -99,3 +99,10 @@ def test_a_stratified_split_parts_each_class_alike(labels: list[int], seed: int)
         members = labels.count(label)
         for part, share in zip(parts, (0.7, 0.2, 0.1)):
             assert abs(sum(labels[number // 2] == label for number in part.tolist()) - share * members) <= 1
+
+
+def test_micro_batches_are_of_about_one_size_and_even_for_pairs():
+    assert [even_parts(share, 32) for share in (32, 33, 64, 70, 96, 100)] == [32, 18, 32, 24, 32, 26]
+    for share in range(2, 300, 2):
+        assert even_parts(share, 32) % 2 == 0
+        assert share - even_parts(share, 32) * ((share - 1) // even_parts(share, 32)) > 1

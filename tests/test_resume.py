@@ -212,3 +212,60 @@ def test_a_checkpoint_holds_no_pickle_that_could_execute(tmp_path):
         "state.json",
         "manifest.json",
     }
+
+
+def test_going_back_sets_the_later_checkpoints_aside(tmp_path):
+    started(tmp_path, keep_last=5, epochs=4).train()
+    checkpoints = tmp_path / "x" / "checkpoints"
+    back = started(
+        tmp_path,
+        keep_last=5,
+        experiment_name=None,
+        resume=str(checkpoints / "step_00000004"),
+        epochs=4,
+        stop_after_steps=1,
+    )
+    back.train()
+    names = sorted(folder.name for folder in checkpoints.iterdir())
+    assert names == [
+        "set_aside_step_00000006", "set_aside_step_00000008", "step_00000002", "step_00000004", "step_00000005",
+    ]  # fmt: skip
+    assert started(tmp_path, epochs=4).state.step == 5
+
+
+def test_a_long_output_dir_with_spaces_can_be_continued(tmp_path):
+    folder = tmp_path / "a quite long folder name with spaces in it" / "and another folder with more spaces in it too"
+    started(folder, stop_after_steps=2).train()
+    assert started(folder).train()["state"] == "done"
+
+
+def test_a_checkpoint_appears_only_when_it_is_whole(tmp_path, monkeypatch):
+    hidden, rename, faults = checkpoint.begin(tmp_path, 7), os.rename, []
+    (hidden / "model.safetensors").write_bytes(b"weights")
+
+    def noted(source, target):
+        faults.append(checkpoint.fault(Path(source)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", noted)
+    assert checkpoint.fault(checkpoint.commit(hidden, {"step": 7})) is None
+    assert faults == [None]
+
+
+def test_a_continued_run_keeps_its_threads_until_told_otherwise(tmp_path):
+    threads = (os.cpu_count() or 1) + 1  # never the default
+    started(tmp_path, cpu_threads=threads, stop_after_steps=2).train()
+    assert started(tmp_path, cpu_threads=None).state.cpu_threads == torch.get_num_threads() == threads
+    assert started(tmp_path, cpu_threads=1).state.cpu_threads == torch.get_num_threads() == 1
+
+
+def test_lines_of_steps_that_are_done_again_are_forgotten(tmp_path):
+    trainer = started(tmp_path, log_every=1, trace_samples=False)
+    trainer.train()
+    before = lines_of(trainer.run.path)
+    with (trainer.run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 5, "loss": 1.0}\n{"kind": "test", "step": 9}\n{"kind": "tr')
+    started(tmp_path, log_every=1, epochs=3).train()
+    lines = lines_of(trainer.run.path)
+    assert lines[: len(before) + 1] == [*before, {"kind": "test", "step": 9}]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]

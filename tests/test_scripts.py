@@ -13,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from configs.arguments import make_config
+from data.dataset import load_data
 from tests.conftest import ROOT, SHARED_DATA, lines_of, run_script
 from tests.hub_server import TOKEN, HubServer
 
@@ -251,3 +254,15 @@ def test_the_cifar10_preset_trains_on_the_real_files(tmp_path):
     run_script("train.py", *flags, "--max_steps", "60", "--warmup_steps", "10", "--lr", "0.05", "--ema_decay", "0",
                "--output_dir", tmp_path, "--experiment_name", "c")  # fmt: skip
     assert json.loads((tmp_path / "c" / "status.json").read_text())["best"]["value"] > 0.2
+
+
+def test_a_run_begins_with_the_weights_it_is_given(tmp_path):
+    from scripts.wiring import build_model
+
+    data = load_data(make_config())
+    given = build_model(make_config(seed=1), data)
+    given.save_pretrained(tmp_path)
+    other = build_model(make_config(seed=2), data)
+    begun = build_model(make_config(seed=2, weights=str(tmp_path)), data)
+    assert all(torch.equal(a, b) for a, b in zip(begun.state_dict().values(), given.state_dict().values()))
+    assert not torch.equal(other.head.weight, given.head.weight)

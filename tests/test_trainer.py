@@ -13,6 +13,7 @@ from torch import nn
 from configs.errors import ConfigError, Diverged, UserError
 from tests.conftest import ROOT, lines_of
 from tests.tiny import TinyNet, distance, tiny_batches, tiny_trainer, weights
+from trainer import checkpoint
 from trainer.main_trainer import MainTrainer
 from trainer.mixing import mix_pairs
 
@@ -256,3 +257,169 @@ def test_a_compiled_model_trains_alike_and_saves_clean_names(tmp_path):
         trainer.train()
     assert distance(weights(compiled), weights(plain)) < 1e-4
     assert list(compiled.plain_model.state_dict()) == list(plain.plain_model.state_dict())
+
+
+def test_a_loader_that_ends_early_begins_a_new_epoch_and_an_empty_one_is_an_error(tmp_path):
+    batches = tiny_batches([8] * 3)
+    dataset = torch.utils.data.TensorDataset(*(torch.cat(parts) for parts in zip(*batches)))
+    places = [list(range(place, place + 8)) for place in (0, 8, 16)]
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=places)
+    trainer = tiny_trainer(tmp_path, loader, batch_size=8, max_steps=7)
+    assert trainer.train()["step"] == 7
+    assert [line["epoch"] for line in lines_of(trainer.run.path, "epoch")] == [0, 1, 2]
+    once = tiny_trainer(tmp_path, (batch for batch in batches), batch_size=8, max_steps=7)
+    with pytest.raises(UserError, match="gave no batch in epoch 2"):
+        once.train()
+
+
+def test_channels_last_saves_averages_and_computes_the_same(tmp_path):
+    batches = tiny_batches([8] * 4)
+    trained = []
+    for last in (False, True):
+        trainer = tiny_trainer(tmp_path, batches, batches, batch_size=8, channels_last=last, ema_decay=0.9)
+        trainer.train()
+        trained.append(weights(trainer))
+        kept = [p.is_contiguous(memory_format=torch.channels_last) for p in trainer.parameters if p.ndim == 4]
+        assert all(kept) == last or not last
+    assert distance(trained[1], trained[0]) < 1e-5
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    batches = tiny_batches([8] * 2)
+    trainer = tiny_trainer(
+        tmp_path, batches, batches, batch_size=8, lr=1e38, optimizer="sgd", save_every_steps=1, experiment_name="x"
+    )
+    with pytest.raises(Diverged):
+        trainer.train()
+    for file in (tmp_path / "x" / "checkpoints").glob("step_*/model.safetensors"):
+        from safetensors.torch import load_file
+
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+
+
+def test_training_goes_on_from_where_it_is_when_called_again(tmp_path):
+    batches = tiny_batches([8] * 2)
+    options = {"batch_size": 8, "epochs": 3, "experiment_name": "x"}
+    tiny_trainer(tmp_path, batches, batches, stop_after_steps=2, **options).train()
+    trainer = tiny_trainer(tmp_path, batches, batches, **options)
+    trainer.train()
+    end = weights(trainer)
+    assert trainer.train()["step"] == 6
+    assert torch.equal(weights(trainer), end)
+
+
+def test_what_only_the_loaders_tell_is_checked_before_the_first_step(tmp_path):
+    with pytest.raises(ConfigError, match="--warmup_steps 5 must be less than the run's 4 steps"):
+        tiny_trainer(tmp_path, tiny_batches([8] * 4), batch_size=8, warmup_steps=5)
+    trainer = tiny_trainer(tmp_path, tiny_batches([8] * 4), trainer=TwoLosses, batch_size=8, monitor="loss/hrd")
+    with pytest.raises(ConfigError, match="loss/hrd") as error:
+        trainer.train()
+    assert "loss/hard" in str(error.value)
+
+
+class Drawing(MainTrainer):
+    def forward_pass(self, batch):
+        self.drawn = [*getattr(self, "drawn", []), torch.rand(()).item()]
+        return super().forward_pass(batch)
+
+
+def test_each_micro_batch_draws_numbers_of_its_own_that_follow_from_the_seed(tmp_path):
+    batches = tiny_batches([4] * 8)
+    drawn = []
+    for seed in (0, 0, 1):
+        trainer = tiny_trainer(tmp_path, batches, trainer=Drawing, batch_size=8, seed=seed)
+        trainer.train_epoch(batches)
+        drawn.append(trainer.drawn)
+    assert len(set(drawn[0])) == 8  # four steps of two micro-batches
+    assert drawn[0] == drawn[1]
+    assert not set(drawn[0]) & set(drawn[2])
+
+
+def test_mixing_in_micro_batches_equals_mixing_in_one_batch(tmp_path):
+    (batch,) = tiny_batches([32])
+    options = {"batch_size": 32, "lr": 0.1, "optimizer": "sgd", "mixup": 0.4, "cutmix": 1.0}
+    whole = tiny_trainer(tmp_path, [batch], **options)
+    parts = tiny_trainer(tmp_path, split_up(batch, 8), **options)
+    for trainer in (whole, parts):
+        trainer.train_epoch(trainer.train_loader)
+    assert distance(weights(parts), weights(whole)) < 1e-6
+
+
+def test_the_averaged_weights_are_judged_used_and_kept_as_best(tmp_path):
+    batches = tiny_batches([8] * 4)
+    trainer = tiny_trainer(tmp_path, batches, batches, batch_size=8, lr=0.05, ema_decay=0.9, monitor="loss")
+    trainer.train()
+    best = TinyNet.from_pretrained(trainer.run.best)
+    assert all(torch.equal(best.state_dict()[name], value) for name, value in trainer.ema.state_dict().items())
+    assert distance(weights(trainer), torch.cat([p.detach().flatten() for p in best.parameters()])) > 1e-3
+    images, labels = (torch.cat(parts) for parts in zip(*batches))
+    logits = best(images).detach()
+    (val,) = lines_of(trainer.run.path, "val")
+    assert val["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert torch.allclose(trainer.inference(images), logits.softmax(1), atol=1e-6)
+
+
+def test_label_smoothing_is_part_of_the_loss(tmp_path):
+    batches = tiny_batches([8])
+    trainer = tiny_trainer(tmp_path, batches, batch_size=8, label_smoothing=0.3)
+    images, labels = batches[0]
+    expected = nn.functional.cross_entropy(TinyNet()(images), labels, label_smoothing=0.3).item()
+    assert trainer.train_epoch(batches)["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_mixing_ends_at_its_epoch_and_spares_the_evaluation(tmp_path):
+    batches = tiny_batches([8] * 2)
+    options = {"batch_size": 8, "epochs": 2, "lr": 0.0, "mixup": 1.0, "mix_off_epoch": 1}
+    trainer = tiny_trainer(tmp_path, batches, batches, **options)
+    images, labels = (torch.cat(parts) for parts in zip(*batches))
+    plain = nn.functional.cross_entropy(TinyNet()(images), labels).item()
+    trainer.train()
+    first, second = (line["loss"] for line in lines_of(trainer.run.path, "epoch"))
+    assert second == pytest.approx(plain, rel=1e-5)
+    assert abs(first - plain) > 1e-3
+    assert [line["loss"] for line in lines_of(trainer.run.path, "val")] == pytest.approx([plain] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(("mode", "best", "kept"), [(None, 5, [10, 12]), ("max", 0, [2, 4, 12])])
+def test_the_best_and_its_checkpoints_follow_the_direction_of_the_monitor(tmp_path, mode, best, kept):
+    batches = tiny_batches([8] * 2)
+    options = {"batch_size": 8, "epochs": 6, "lr": 0.01, "keep_last": 1, "keep_best": 2}
+    trainer = tiny_trainer(tmp_path, batches, batches, monitor="loss", monitor_mode=mode, **options)
+    result = trainer.train()
+    losses = [line["loss"] for line in lines_of(trainer.run.path, "val")]
+    assert losses == sorted(losses, reverse=True)
+    assert result["best"]["epoch"] == best
+    assert [checkpoint.step_of(folder) for folder in checkpoint.all_checkpoints(trainer.run.checkpoints)] == kept
+
+
+@pytest.mark.parametrize(("early_stopping", "epochs"), [(True, 3), (False, 6)])
+def test_a_gain_below_min_delta_is_none_and_patience_needs_its_flag(tmp_path, early_stopping, epochs):
+    batches = tiny_batches([8] * 2)
+    options = {"batch_size": 8, "epochs": 6, "lr": 0.01, "min_delta": 100.0, "patience": 2, "monitor": "loss"}
+    trainer = tiny_trainer(tmp_path, batches, batches, early_stopping=early_stopping, **options)
+    result = trainer.train()
+    losses = [line["loss"] for line in lines_of(trainer.run.path, "val")]
+    assert losses == sorted(losses, reverse=True)
+    assert (result["epoch"], result["best"]["epoch"]) == (epochs, 0)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_channels_last_reaches_weights_and_images(tmp_path, last):
+    batches = [(images.repeat(1, 3, 1, 1), labels) for images, labels in tiny_batches([8] * 3)]
+    trainer = tiny_trainer(tmp_path, batches, batch_size=8, model=TinyNet(in_channels=3), channels_last=last)
+    body, seen = trainer.plain_model.body, []
+    body.register_forward_hook(
+        lambda _, inputs, __: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    trainer.train_epoch(batches)
+    assert seen == [last] * 3
+    assert body.weight.is_contiguous(memory_format=torch.channels_last) == last
+
+
+def test_deterministic_allows_deterministic_algorithms_only(tmp_path):
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        tiny_trainer(tmp_path, None, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

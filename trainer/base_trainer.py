@@ -7,6 +7,7 @@ optimizer step, the seeds and the run folder are ours.
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -25,8 +26,8 @@ from data.order import Use, mix, seed_device
 from trainer import checkpoint, run_folder, saving
 from trainer.device import default_threads, make_accelerator
 from trainer.ema import WeightAverage
-from trainer.losses import Criterion, Losses, Weights, total
-from trainer.metrics import Meter, means
+from trainer.losses import Criterion, Losses, Weights, loss_names, total
+from trainer.metrics import CURE, Meter, means
 from trainer.monitor import check_monitor, higher_is_better
 from trainer.optim import build_optimizers, clip_gradients, lr_factor
 from trainer.progress import Clock, EpochBar, Table
@@ -76,7 +77,7 @@ class BaseTrainer(ABC):
             model = model.to(memory_format=torch.channels_last)
         self.plain_model = model.to(self.device)
         self.optimizers = build_optimizers(self.plain_model, config)
-        self.model, *self.prepared_optimizers = self.accelerator.prepare(self.plain_model, *self.optimizers)
+        self.model, *_ = self.accelerator.prepare(self.plain_model, *self.optimizers)
         if config.compile:
             self.plain_model.compile()  # in place: names in the state dict stay as they are
         self.parameters = [p for p in self.plain_model.parameters() if p.requires_grad]
@@ -94,6 +95,8 @@ class BaseTrainer(ABC):
         self.session_steps = 0
         self.steps_per_epoch = count_steps(train_loader, self.batch_share, config.max_steps)
         self.total_steps = config.max_steps or self.steps_per_epoch * config.epochs
+        self.exhausted = False  # the loader has given all of its epoch
+        self.check_config()
         self.trackers: list[Tracker] = []
         self.table = Table(config.monitor, shown=self.is_main)
 
@@ -143,7 +146,10 @@ class BaseTrainer(ABC):
             raise DataError(
                 "there is no train_loader to train on", fix="Trainer(config, model, train_loader, val_loader)"
             )
-        check_monitor(self.config, self.val_metric_names() if self.val_loader is not None else ["loss", "accuracy"])
+        parts = [f"loss/{name}" for name in loss_names(self.criterion)]
+        check_monitor(
+            self.config, [*(self.val_metric_names() if self.val_loader is not None else ["loss", "accuracy"]), *parts]
+        )
         if self.is_main:
             print(*self.messages, sep="\n", end="\n" if self.messages else "")
         saving.load_checkpoint(self)
@@ -176,7 +182,7 @@ class BaseTrainer(ABC):
         return self.state.step >= self.total_steps or out_of_patience
 
     def epoch_is_complete(self) -> bool:
-        return self.state.step_in_epoch >= self.steps_per_epoch or self.state.step >= self.total_steps
+        return self.exhausted or self.state.step_in_epoch >= self.steps_per_epoch or self.state.step >= self.total_steps
 
     def stop_is_due(self) -> bool:
         limit = self.config.stop_after_steps
@@ -202,7 +208,7 @@ class BaseTrainer(ABC):
             saving.save_best(self, judged)
         ranked = sorted([*state.best_steps, (value, state.step)], key=lambda e: (-e[0] if higher else e[0], e[1]))
         state.best_steps = ranked[: config.keep_best]
-        if state.step_in_epoch >= self.steps_per_epoch:
+        if self.exhausted or state.step_in_epoch >= self.steps_per_epoch:
             state.epoch, state.step_in_epoch, state.epoch_sums = state.epoch + 1, 0, {}
         self.save_checkpoint()
 
@@ -242,7 +248,7 @@ class BaseTrainer(ABC):
 
     def windows(self, train_loader: Iterable[Any]) -> Iterator[Window]:
         """Group micro-batches into optimizer steps of batch_size / processes samples; the last may have fewer."""
-        done = self.state.step_in_epoch
+        done, self.exhausted = self.state.step_in_epoch, False
         if isinstance(train_loader, PositionedLoader):
             train_loader.set_position(self.state.epoch, done)
             groups = grouped(self.clock.waiting(train_loader), self.batch_share)
@@ -252,6 +258,12 @@ class BaseTrainer(ABC):
             counts = [self.count(batch) for batch in batches]
             self.clock.samples += self.config.batch_size
             yield Window(batches, counts, self.window_total(counts, train_loader))
+        self.exhausted = True
+        if not self.state.step_in_epoch:
+            raise DataError(
+                f"the train_loader gave no batch in epoch {self.state.epoch + 1}",
+                fix="a generator gives its batches once: pass a list or a loader, or a lower --max_steps",
+            )
 
     def window_total(self, counts: list[Any], loader: Iterable[Any]) -> Any:
         """The count of the window over all processes; known without asking where an order made it."""
@@ -294,21 +306,22 @@ class BaseTrainer(ABC):
         count = window.counts[window.number]
         if count is not window.total:  # a mean over part of the window weighs by its part
             loss = loss * (count * self.accelerator.num_processes / window.total)
-        if self.scaler is not None:
-            loss = self.scaler.scale(loss)
-        loss.backward()
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if not window.is_last:
             return
         if config.grad_clip is not None:
             if self.scaler is not None:
-                self.accelerator.unscale_gradients()
+                for optimizer in self.optimizers:
+                    self.scaler.unscale_(optimizer)
             self.grad_norm = clip_gradients(self.parameters, config.grad_clip)
         self.lr = config.lr * self.lr_factor()
-        # the prepared optimizer looks for an optional package at every step (139 us): needed for its scaler only
-        for optimizer in self.optimizers if self.scaler is None else self.prepared_optimizers:
+        # the optimizers themselves: Accelerate's wrappers look for an optional package at every step, 139 us
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr
-            optimizer.step()
+            optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
+        if self.scaler is not None:
+            self.scaler.update()
         for parameter in self.parameters:
             parameter.grad = None
         state.step += 1
@@ -344,6 +357,8 @@ class BaseTrainer(ABC):
         values = {**means(self.state.window_sums), "lr": self.lr}
         if self.grad_norm is not None:
             values["grad_norm"] = float(self.grad_norm)
+            if self.scaler is None and not math.isfinite(values["grad_norm"]):
+                raise Diverged(f"the gradient's norm is {values['grad_norm']} at step {self.state.step}", fix=CURE)
         self.state.window_sums = {}
         self.run.log("train", {"step": self.state.step, "epoch": self.state.epoch, **values})
         self.track({f"train/{name}": value for name, value in values.items()})
@@ -362,6 +377,8 @@ class BaseTrainer(ABC):
 
     def trace_samples(self) -> None:
         """The ids of the whole global batch, as they were computed."""
+        if "ids" not in self.window.batches[0]:
+            raise ConfigError("--trace_samples needs batches that are dicts with `ids`", fix="leave it out")
         ids = torch.cat([batch["ids"].to(self.device) for batch in self.window.batches])
         everywhere = ids if self.reduce is None else self.accelerator.gather(ids)
         self.run.log_samples(self.state.step, self.state.epoch, everywhere.tolist())
@@ -373,12 +390,17 @@ class BaseTrainer(ABC):
         return self.ema.applied() if self.ema is not None else nullcontext()
 
     def save_checkpoint(self) -> None:
-        self.meter.read(self.state.window_sums, self.state.epoch_sums)  # refuses to save after a loss of NaN
+        self.meter.read(self.state.window_sums, self.state.epoch_sums)  # raises Diverged on a loss of NaN
+        if not all(bool(p.isfinite().all()) for p in self.parameters):
+            raise Diverged(f"a weight is not finite after step {self.state.step}", fix=CURE)
         saving.save_checkpoint(self)
 
     def open_run(self) -> None:
         config = self.config
         self.run.set_back(self.state.step)
+        if self.is_main:
+            for line in checkpoint.set_aside(self.run.checkpoints, self.state.step):
+                print(line)
         self.run.open(
             config,
             run_folder.environment(
@@ -393,6 +415,20 @@ class BaseTrainer(ABC):
             self.trackers = open_trackers(config, self.run.path, self.state.wandb_id)
 
     # ---- small things of the start ------------------------------------------------------------------------
+
+    def check_config(self) -> None:
+        """What only the loaders' lengths and the number of processes tell."""
+        config = self.config
+        if not config.max_steps and self.train_loader is not None and config.warmup_steps >= self.total_steps:
+            raise ConfigError(
+                f"--warmup_steps {config.warmup_steps} must be less than the run's {self.total_steps} steps"
+            )
+        if (config.mixup or config.cutmix) and self.batch_share % 2:
+            raise ConfigError(
+                f"--mixup and --cutmix pair samples, and each process has {self.batch_share} of --batch_size "
+                f"{config.batch_size}",
+                fix="choose a batch size that is twice a multiple of the processes",
+            )
 
     def set_threads(self) -> None:
         """Threads and algorithms decide the last bits: set them before anything is computed, keep them at a resume."""

@@ -110,6 +110,18 @@ def prune(checkpoints: Path, *, keep_last: int, keep_steps: set[int]) -> None:
             shutil.rmtree(folder)
 
 
+def set_aside(checkpoints: Path, step: int) -> list[str]:
+    """Rename what was saved after a step that a run goes back to: it is of another course. A line for each."""
+    lines = []
+    for folder in all_checkpoints(checkpoints):
+        if (step_of(folder) or 0) > step:
+            names = (f"set_aside_{folder.name}" + (f"_{number}" if number else "") for number in range(1000))
+            aside = next(folder.with_name(name) for name in names if not folder.with_name(name).exists())
+            folder.rename(aside)
+            lines.append(f"{folder.name} is of a course that is left here: now {aside.name}")
+    return lines
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -29,7 +29,7 @@ def make_accelerator(config: Config) -> Accelerator:
             f"{torch.cuda.get_device_name()} cannot compute in bf16", fix="take --mixed_precision fp16 or no"
         )
     try:
-        accelerator = Accelerator(cpu=use_cpu, mixed_precision=precision)
+        accelerator = Accelerator(cpu=use_cpu, mixed_precision=wanted)
     except ValueError as error:  # a second trainer of another precision in one process
         raise ConfigError(f"this process has an Accelerator already: {str(error).splitlines()[0]}") from None
     started = int(os.environ.get("WORLD_SIZE", "1"))

@@ -44,7 +44,8 @@ class WeightAverage:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the model's own state dict holds, averaged."""
-        return {name: t.clone() for name, t in (self.average | self.copied).items()}
+        tensors = (self.average | self.copied).items()
+        return {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -72,6 +72,13 @@ def spread(values: Any, count: int, kind: str) -> Sequence[Any]:
     return values
 
 
+def loss_names(criterion: Criterion) -> list[str]:
+    """The names of the parts; none where there is but one loss."""
+    if isinstance(criterion, Mapping):
+        return list(criterion)
+    return part_names(criterion) if isinstance(criterion, Sequence) else []
+
+
 def part_names(criterion: Sequence[Loss]) -> list[str]:
     """The class or function name of each loss, numbered where it comes twice."""
     plain = [getattr(loss, "__name__", type(loss).__name__) for loss in criterion]

@@ -13,6 +13,9 @@ from configs.errors import Diverged
 from trainer.losses import Losses
 
 Sums = dict[str, list[float]]  # name -> [sum over samples, samples]
+CURE = (
+    "under another --experiment_name: lower --lr, add --warmup_steps or --grad_clip, try bf16 for fp16; check the data"
+)
 Reduce = Callable[[Tensor], Tensor]  # the sum of a tensor over all processes
 
 
@@ -105,7 +108,7 @@ class Meter:
                 if not math.isfinite(value):
                     raise Diverged(
                         f"{name} is {value} at step {step}",
-                        fix="lower --lr, add --warmup_steps or --grad_clip, try bf16 for fp16; check the data",
+                        fix=CURE,
                     )
 
 

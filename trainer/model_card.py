@@ -8,12 +8,12 @@ from configs.arguments import NOT_SAVED, to_yaml
 from configs.options import Config
 
 
-def model_card(config: Config, described: dict[str, Any], metrics: dict[str, float], step: int) -> str:
+def model_card(config: Config, described: dict[str, Any], metrics: dict[str, float], step: int, part: str) -> str:
     """What the model is, what it reached, how to load it, and the config that made it."""
     size = described["preprocess"]["image_size"]
     data = config.train_data_dir or config.dataset
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
-    options = "".join(line for line in to_yaml(config).splitlines(True) if line.split(":")[0] not in NOT_SAVED)
+    options = to_yaml(config, without=NOT_SAVED)
     return f"""---
 library_name: pytorch
 license: other
@@ -27,7 +27,7 @@ tags:
 
 Trained for {described["task"]} of {len(described["classes"])} classes on `{data}`, images of {size}x{size} pixels.
 
-Validation after {step} steps:
+{part} metrics after {step} steps:
 
 | metric | value |
 |---|---|

@@ -34,7 +34,7 @@ def higher_is_better(config: Config) -> bool:
 
 def check_monitor(config: Config, val_names: list[str]) -> None:
     """Refuse a metric that no validation will give, before the first step."""
-    if config.monitor not in val_names and not config.monitor.startswith("loss/"):
+    if config.monitor not in val_names:
         raise ConfigError(f"--monitor {config.monitor} is no validation metric", fix=nearest(config.monitor, val_names))
     higher_is_better(config)
 

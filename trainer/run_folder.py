@@ -21,7 +21,7 @@ from trainer import checkpoint
 MAY_CHANGE = {
     "epochs", "max_steps", "num_workers", "cpu_threads", "log_every", "save_every_steps", "keep_last", "keep_best",
     "use_tensorboard", "use_wandb", "wandb_project", "push_to_hub", "hub_model_id", "trace_samples", "debug",
-    "stop_after_steps", "resume", "experiment_name", "output_dir", "test_data_dir",
+    "stop_after_steps", "early_stopping", "patience", "resume", "experiment_name", "output_dir", "test_data_dir",
 }  # fmt: skip
 
 
@@ -105,8 +105,7 @@ def is_at_most(line: str, step: int) -> bool:
 
 def saved_yaml(config: Config) -> str:
     """The config without the names of this run, so that `--config` repeats it without continuing it."""
-    lines = to_yaml(config).splitlines(keepends=True)
-    return "".join(line for line in lines if line.split(":")[0] not in NOT_SAVED)
+    return to_yaml(config, without=NOT_SAVED)
 
 
 def find(config: Config) -> tuple[Path, Path | None, list[str]]:
@@ -116,7 +115,7 @@ def find(config: Config) -> tuple[Path, Path | None, list[str]]:
     """
     root = Path(config.output_dir)
     if config.resume not in ("auto", "never"):
-        given = Path(config.resume)
+        given = Path(config.resume).resolve()
         if checkpoint.step_of(given) is not None:
             wrong = checkpoint.fault(given)
             if wrong:

@@ -39,9 +39,10 @@ def save_best(trainer: BaseTrainer, metrics: dict[str, float]) -> None:
     """best/: the model as `from_pretrained` loads it, with its averaged weights where there are such."""
     if trainer.is_main:
         best, model = trainer.run.best, trainer.plain_model
+        part = "Validation" if trainer.val_loader is not None else "Training"
         best.mkdir(parents=True, exist_ok=True)
         run_folder.write_whole(
-            best / "README.md", model_card(trainer.config, model.config(), metrics, trainer.state.step)
+            best / "README.md", model_card(trainer.config, model.config(), metrics, trainer.state.step, part)
         )
         with trainer.averaged():
             model.save_pretrained(best)
@@ -51,9 +52,10 @@ def load_checkpoint(trainer: BaseTrainer) -> None:
     """Weights, optimizer and averages of the checkpoint to continue from, where there is one."""
     if trainer.resume_from is None:
         return
-    trainer.accelerator.load_state(str(trainer.resume_from))
+    folder, trainer.resume_from = trainer.resume_from, None  # once: a second train() goes on from where it is
+    trainer.accelerator.load_state(str(folder))
     if trainer.ema is not None:
-        file = trainer.resume_from / "ema.safetensors"
+        file = folder / "ema.safetensors"
         if not file.is_file():
             raise UserError(
                 "the checkpoint has no averaged weights", where=str(file), fix="continue without --ema_decay"

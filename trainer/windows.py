@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -71,8 +72,9 @@ def count_steps(loader: Iterable[Any] | None, samples_per_window: int, max_steps
     if isinstance(loader, (list, tuple)):
         return max(1, sum(1 for _ in grouped(loader, samples_per_window)))
     micro_batch = getattr(loader, "batch_size", None)  # a torch DataLoader
-    if isinstance(loader, Sized) and micro_batch:
-        return -(-len(loader) // -(-samples_per_window // micro_batch))
+    if micro_batch and isinstance(loader, Sized):
+        with suppress(TypeError):  # over an iterable dataset it has no length
+            return -(-len(loader) // -(-samples_per_window // micro_batch))
     if max_steps:
         return max_steps
     raise ConfigError("the train_loader does not tell how long an epoch is", fix="give --max_steps")
