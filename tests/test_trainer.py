@@ -423,3 +423,16 @@ def test_deterministic_allows_deterministic_algorithms_only(tmp_path):
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize("grad_clip", [None, 0.1])
+def test_a_loss_scaler_leaves_the_update_as_it_is(tmp_path, optimizer, grad_clip):
+    """fp16 needs a GPU; its scaler runs here as well, with a power of two that costs no bits."""
+    batches = tiny_batches([4] * 8)
+    options = {"batch_size": 8, "optimizer": optimizer, "grad_clip": grad_clip, "lr": 0.01}
+    plain, scaled = (tiny_trainer(tmp_path, batches, **options) for _ in range(2))
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for trainer in (plain, scaled):
+        trainer.train_epoch(batches)
+    assert distance(weights(scaled), weights(plain)) < 1e-6
