@@ -256,7 +256,7 @@ class BaseTrainer(ABC):
             groups = itertools.islice(grouped(self.clock.waiting(train_loader), self.batch_share), done, None)
         for batches in groups:
             counts = [self.count(batch) for batch in batches]
-            self.clock.samples += self.config.batch_size
+            self.clock.samples += sum(map(samples_in, batches)) * self.accelerator.num_processes
             yield Window(batches, counts, self.window_total(counts, train_loader))
         self.exhausted = True
         if not self.state.step_in_epoch:
@@ -303,9 +303,8 @@ class BaseTrainer(ABC):
     def optimize(self, losses: Losses) -> None:
         """Backward; after the last micro-batch of the window also clip, step, average and count."""
         loss, window, config, state = total(losses), self.window, self.config, self.state
-        count = window.counts[window.number]
-        if count is not window.total:  # a mean over part of the window weighs by its part
-            loss = loss * (count * self.accelerator.num_processes / window.total)
+        if len(window.batches) > 1 or self.reduce is not None:  # a mean over part of the window weighs by its part
+            loss = loss * (window.counts[window.number] * self.accelerator.num_processes / window.total)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if not window.is_last:
             return
