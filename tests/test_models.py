@@ -179,8 +179,8 @@ def test_cost_equals_a_count_by_hand():
 def test_every_model_takes_one_and_three_channels_of_small_images(name):
     for channels in (1, 3):
         if name.startswith("regnet"):  # its constructor computes with numbers that the meta device has not
-            if sum(name.endswith(size) for size in ("400mf", "800mf")) == 0:
-                pytest.skip("too large to build for real in a test")
+            if name.endswith(("16gf", "32gf", "128gf")):
+                pytest.skip("gigabytes of weights")
             model = described(name, channels, 8)
             assert model.train()(torch.zeros(2, channels, model.image_size, model.image_size)).shape == (2, 3)
             continue
