@@ -77,8 +77,9 @@ def described(name: str, channels: int, size: int, **options) -> BaseModel:
     return model
 
 
-@pytest.mark.parametrize("name", ["simple_cnn", "resnet18", "efficientnet_b0", "vit_b_16"])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "channels"), [("simple_cnn", 1), ("resnet18", 3), ("efficientnet_b0", 1), ("vit_b_16", 3)]
+)
 def test_a_saved_model_loads_by_itself_with_equal_outputs_in_a_fresh_process(tmp_path, name, channels):
     model = described(name, channels, 8).eval()
     images = torch.randint(0, 256, (2, channels, model.image_size, model.image_size), dtype=torch.uint8)

@@ -101,9 +101,12 @@ def test_test_measures_a_run_a_folder_a_file_and_a_checkpoint(run, weights):
     line = lines_of(run, "test")[-1]
     assert line["accuracy"] > 0.8
     assert f"test accuracy         {line['accuracy']:.4f}" in said
-    val = run_script("test.py", "--weights", run / "best", "--on", "val").stdout
+
+
+def test_test_on_val_gives_what_training_saw(run):
+    said = run_script("test.py", "--weights", run / "best", "--on", "val").stdout
     status = json.loads((run / "status.json").read_text())
-    assert f"val accuracy         {status['best']['value']:.4f}" in val
+    assert f"val accuracy         {status['best']['value']:.4f}" in said
 
 
 def test_test_needs_nothing_but_the_model_and_the_data(run, tmp_path, image_folder):
