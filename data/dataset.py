@@ -97,6 +97,8 @@ def load_data(config: Config) -> Data:
     splits = cut_missing_splits(splits, config)
     check_splits(splits, name)
     train = splits["train"]
+    if info and info.classes not in (None, len(train.source.classes)):
+        info = None  # a folder that only bears the name of a known dataset
     first = train.source.image(int(train.ids[0]))
     if config.channels and config.channels != len(first):
         raise ConfigError(f"--channels {config.channels}, but the images of {name} have {len(first)}")

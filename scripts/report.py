@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -13,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-def block(error: BaseException, batch_hint: str = "") -> tuple[str, int]:
+def block(error: BaseException) -> tuple[str, int]:
     """The words for an error, and the exit code."""
     if isinstance(error, UserError):
         return str(error), error.exit_code
@@ -22,7 +23,10 @@ def block(error: BaseException, batch_hint: str = "") -> tuple[str, int]:
     text = (str(error).strip() or type(error).__name__).splitlines()[0][:400]
     if isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY):
         fix = "lower --micro_batch_size: the result stays that of the whole --batch_size; or lower --image_size"
-        return str(UserError(f"out of memory: {text}", where=place(error) + batch_hint, fix=fix)), 1
+        return str(UserError(f"out of memory: {text}", where=place(error), fix=fix)), 1
+    if "No space left" in text or getattr(error, "errno", None) in (errno.EROFS, errno.EACCES, errno.EDQUOT):
+        fix = "free some space, or choose another --output_dir; a saved run continues by the same command"
+        return str(UserError(f"cannot write: {text}", where=place(error), fix=fix)), 1
     fix = "run again with --debug for the whole traceback"
     return str(UserError(f"{type(error).__name__}: {text}", where=place(error), fix=fix)), 1
 
@@ -37,11 +41,11 @@ def place(error: BaseException) -> str:
     return f"{Path(ours[-1].filename).relative_to(ROOT)}:{ours[-1].lineno} in {ours[-1].name}" if ours else ""
 
 
-def fail(error: Exception, *, debug: bool, batch_hint: str = "") -> int:
+def fail(error: Exception, *, debug: bool) -> int:
     """Print the block, on one process only where all of them fail alike; the exit code."""
     if debug:
         traceback.print_exception(error)
-    text, code = block(error, batch_hint)
+    text, code = block(error)
     alike = isinstance(error, UserError) or type(error).__name__ == "ModelError"
     rank = os.environ.get("RANK", "0")
     if rank == "0" or not alike:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from configs.options import Config
 from data.dataset import Data
+from data.order import even_parts
 from models.summary import summarize
 from scripts.wiring import build_trainer, device_name
 from trainer.base_trainer import BaseTrainer
@@ -29,7 +30,7 @@ def run(config: Config) -> int:
 def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     """One screen: the run, the model, the data, the course of training, the machine."""
     config, accelerator = trainer.config, trainer.accelerator
-    micro = min(config.micro_batch_size, trainer.batch_share)
+    micro = even_parts(trainer.batch_share, config.micro_batch_size)
     splits = [("train", data.train), ("validation", data.val), ("test", data.test)]
     sizes = " · ".join(f"{name} {len(split):,}" for name, split in splits if split)
     dropped = len(data.train) % config.batch_size

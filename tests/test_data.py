@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits as scikit_digits
 
 from configs.arguments import make_config
-from configs.dataset_info import DATASETS, find_dataset_info
+from configs.dataset_info import DATASETS, IMAGENET_MEAN, find_dataset_info
 from configs.errors import ConfigError, DataError
 from data.dataset import check_labels, load_data
 from data.decode import open_image, to_tensor
@@ -213,3 +213,12 @@ def test_random_erasing_blackens_parts_of_training_images():
     )
     assert (plain != erased).flatten(1).any(1).float().mean() > 0.5
     assert (erased[plain != erased] == 0).all()
+
+
+def test_a_folder_that_only_bears_the_name_of_a_known_dataset_takes_nothing_from_its_row(tmp_path):
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    pictures = [Image.new("RGB", (40, 40))] * 20
+    table = datasets.Dataset.from_dict({"img": pictures, "label": [0, 1] * 10}, features=features)
+    table.save_to_disk(tmp_path / "cifar10")
+    data = load_data(make_config(dataset=str(tmp_path / "cifar10")))
+    assert (data.image_size, data.info.mean) == (40, IMAGENET_MEAN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -269,3 +270,23 @@ def test_lines_of_steps_that_are_done_again_are_forgotten(tmp_path):
     lines = lines_of(trainer.run.path)
     assert lines[: len(before) + 1] == [*before, {"kind": "test", "step": 9}]
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_disk_is_one_block_and_loses_nothing_that_was_saved(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    whole = started(tmp_path, experiment_name="whole")
+    whole.train()
+    trainer = started(tmp_path)
+    commit = checkpoint.commit
+    monkeypatch.setattr(checkpoint, "commit", lambda *a: full() if trainer.state.step == 4 else commit(*a))
+    with pytest.raises(UserError, match="the checkpoint of step 4 could not be written: .*No space left") as error:
+        trainer.train()
+    assert "earlier checkpoints stand" in str(error.value)
+    assert [path.name for path in (tmp_path / "x" / "checkpoints").iterdir()] == ["step_00000002"]
+    assert json.loads((tmp_path / "x" / "status.json").read_text())["state"] == "failed"
+    monkeypatch.undo()
+    again = started(tmp_path)
+    again.train()
+    assert torch.equal(weights(again), weights(whole))

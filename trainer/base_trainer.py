@@ -10,7 +10,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -169,7 +169,8 @@ class BaseTrainer(ABC):
             return self.leave("done", "", saved=True)
         except BaseException as error:
             state = "diverged" if isinstance(error, Diverged) else "failed"
-            self.run.status(state, **self.standing(), reason=str(error)[:1000] or type(error).__name__)
+            with suppress(OSError):  # a full disk must not hide what is being told
+                self.run.status(state, **self.standing(), reason=str(error)[:1000] or type(error).__name__)
             raise
         finally:
             for tracker in self.trackers:

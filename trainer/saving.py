@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from configs.errors import UserError
@@ -16,9 +19,27 @@ if TYPE_CHECKING:
 
 
 def save_checkpoint(trainer: BaseTrainer) -> None:
-    """All that is needed to continue, in one folder that appears whole. Every process calls it."""
+    """All that is needed to continue, in one folder that appears whole. Every process calls it.
+
+    Raises UserError where it cannot be written; what was saved before stands.
+    """
+    hidden = trainer.run.checkpoints / f".step_{trainer.state.step:08d}"
+    try:
+        write_checkpoint(trainer, hidden)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is told by each library in its own words
+        weights_bytes = sum(p.numel() * p.element_size() for p in trainer.plain_model.parameters())
+        free_bytes = shutil.disk_usage(trainer.run.path).free
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise UserError(
+            f"the checkpoint of step {trainer.state.step} could not be written: {str(error).splitlines()[0]} "
+            f"({free_bytes / 1e6:,.1f} MB free, {weights_bytes / 1e6:,.1f} MB of weights to write)",
+            where=str(trainer.run.checkpoints),
+            fix="free some space; earlier checkpoints stand, the same command continues from the newest",
+        ) from error
+
+
+def write_checkpoint(trainer: BaseTrainer, hidden: Path) -> None:
     state, folder, accelerator = trainer.state, trainer.run.checkpoints, trainer.accelerator
-    hidden = folder / f".step_{state.step:08d}"
     if trainer.is_main:
         checkpoint.begin(folder, state.step)
     accelerator.wait_for_everyone()
