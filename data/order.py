@@ -87,11 +87,6 @@ class TrainOrder:
         self.steps_per_epoch = len(ids) // batch_size
         self.epoch = self.first_step = 0
 
-    def global_batch(self, epoch: int, step_in_epoch: int) -> np.ndarray:
-        """The ids of one step over all processes, int64 [batch_size]."""
-        place = step_in_epoch * self.batch_size
-        return self.ids[permutation(self.seed, epoch, len(self.ids))[place : place + self.batch_size]]
-
     def __iter__(self) -> Iterator[Draw]:
         order = self.ids[permutation(self.seed, self.epoch, len(self.ids))]
         share = self.batch_size // self.processes

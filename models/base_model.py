@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_file, save_model
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 
@@ -155,8 +155,3 @@ def replace_file(path: Path, write: Any) -> None:
     write(partial)
     partial.chmod(0o644)  # safetensors makes files that only their owner can read
     os.replace(partial, path)
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Named tensors as a safetensors file that appears whole."""
-    replace_file(path, lambda file: save_file({k: v.contiguous() for k, v in tensors.items()}, str(file)))
