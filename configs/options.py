@@ -16,6 +16,12 @@ class DataOptions:
     """`digits` (embedded), or a Hugging Face dataset: a local folder or a hub id."""
     train_data_dir: str | None = None
     """Image folder with one subfolder a class (`cat/1.png`); used instead of `--dataset`."""
+    data_files: tuple[str, ...] = ()
+    """Training files, alone or of `--dataset`: paths, patterns or URLs (parquet, webdataset .tar, JSON, CSV)."""
+    mix_datasets: tuple[str, ...] = ()
+    """More datasets of the same classes to train on, besides; validation and test stay those of `--dataset`."""
+    mix_weights: tuple[float, ...] = ()
+    """Shares of the samples drawn from `--dataset` and each of `--mix_datasets`; default: by their sizes."""
     val_data_dir: str | None = None
     """Image folder for validation; without it a part of the training folder is held out."""
     test_data_dir: str | None = None
@@ -24,10 +30,26 @@ class DataOptions:
     """Image column of a Hugging Face dataset; default: the first of type Image."""
     label_column: str | None = None
     """Label column of a Hugging Face dataset; default: the first of type ClassLabel."""
+    num_classes: int | None = None
+    """Number of classes, where a stream of numbered labels does not tell."""
+    group_column: str | None = None
+    """Column whose equal values (a patient, a scene) never fall into two splits."""
     split: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Shares of train, validation and test where the data come unsplit; they sum to 1."""
     split_seed: int = 0
     """Seed of the split alone, so that runs with other seeds share their test set."""
+    streaming: bool = False
+    """Read undecoded rows as they are needed: nothing is downloaded as a whole, only neighbours are shuffled."""
+    shuffle_buffer: int = 2048
+    """Rows of a stream that are at hand and shuffled together; at least four blocks."""
+    cache: Literal["none", "ram", "disk"] = "none"
+    """Decode and resize each image once, for all processes. Crops of large images come from the resized ones then."""
+    sampling: Literal["uniform", "balanced", "repeat_factor"] = "uniform"
+    """balanced: every class as often; repeat_factor: rare ones more, by a root (https://arxiv.org/abs/1908.03195)."""
+    augment_rare: Literal["none", "autoaugment", "randaugment", "trivialaugment"] = "none"
+    """The policy instead of `--augment`'s for classes with less than half of the mean class's samples."""
+    max_bad_fraction: float = 0.01
+    """Share of broken samples that is replaced and noted in bad_samples.jsonl; beyond it the run stops."""
     image_size: int | None = None
     """Side of the square the model sees, in pixels; default: the dataset's own, at most 224."""
     channels: Literal[1, 3] | None = None
@@ -155,10 +177,11 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
     def __post_init__(self) -> None:
         at_least = {
             1: ("epochs", "max_steps", "batch_size", "micro_batch_size", "decay_epochs", "cpu_threads", "log_every",
-                "save_every_steps", "keep_last", "patience", "stop_after_steps", "image_size"),
+                "save_every_steps", "keep_last", "patience", "stop_after_steps", "image_size", "shuffle_buffer",
+                "num_classes"),
             0: ("warmup_steps", "keep_best", "num_workers", "min_delta", "mixup", "cutmix", "weight_decay", "seed",
                 "split_seed", "mix_off_epoch", "lr", "label_smoothing", "ema_decay", "random_erasing", "dropout",
-                "momentum", "decay_factor"),
+                "momentum", "decay_factor", "max_bad_fraction"),
         }  # fmt: skip
         for minimum, names in at_least.items():
             for name in names:
@@ -168,7 +191,7 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
         for name in ("label_smoothing", "ema_decay", "dropout", "momentum"):
             if (getattr(self, name) or 0) >= 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must be less than 1")
-        for name in ("random_erasing", "decay_factor"):
+        for name in ("random_erasing", "decay_factor", "max_bad_fraction"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must be at most 1")
         if self.grad_clip is not None and not 0 < self.grad_clip < float("inf"):
@@ -189,6 +212,24 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
             )
         if self.val_data_dir and not self.train_data_dir:
             raise ConfigError("--val_data_dir needs --train_data_dir")
+        datasets = 1 + len(self.mix_datasets)
+        if self.mix_weights and (
+            len(self.mix_weights) != datasets
+            or min(self.mix_weights) < 0
+            or not 0 < sum(self.mix_weights) < float("inf")
+        ):
+            raise ConfigError(
+                f"--mix_weights is {' '.join(map(str, self.mix_weights))}, for {datasets} datasets",
+                fix="give one for --dataset and one for each of --mix_datasets, from 0 on, not all 0",
+            )
+        if self.mix_weights and self.sampling != "uniform":
+            raise ConfigError(f"--sampling {self.sampling} and --mix_weights both say how often a sample comes")
+        needs_labels = {"cache": "none", "sampling": "uniform", "augment_rare": "none", "group_column": None}
+        if self.streaming and (given := [name for name, off in needs_labels.items() if getattr(self, name) != off]):
+            raise ConfigError(
+                f"--{given[0]} {getattr(self, given[0])} needs all data at hand, and --streaming has a part of them",
+                fix="leave one of them out",
+            )
         if self.max_steps and self.warmup_steps >= self.max_steps:
             raise ConfigError(f"--warmup_steps {self.warmup_steps} must be less than --max_steps {self.max_steps}")
         if self.push_to_hub and not self.hub_model_id:

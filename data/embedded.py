@@ -7,12 +7,13 @@ https://doi.org/10.24432/C50P49, CC BY 4.0), the part that scikit-learn's `load_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.sources import TensorSource
+from data.sources import Source, TensorSource
 
 
 def load_digits() -> TensorSource:
@@ -20,3 +21,7 @@ def load_digits() -> TensorSource:
     with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
         pixels = np.round(file["images"] * (255 / 16)).astype(np.uint8)
         return TensorSource(torch.from_numpy(pixels)[:, None], file["labels"], [str(digit) for digit in range(10)])
+
+
+# A dataset of your own: a function that returns a Source. Its mean and std go into configs/dataset_info.py.
+SOURCES: dict[str, Callable[[], Source]] = {"digits": load_digits}

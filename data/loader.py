@@ -3,28 +3,67 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from configs.errors import ConfigError, DataError, UserError
+from configs.errors import ConfigError, DataError
 from configs.options import Config
-from data.dataset import Data, ImageDataset, Split
-from data.order import EvalOrder, TrainOrder
-from data.sources import TensorSource
-from data.transforms import eval_transform, train_transform
+from data.balance import rare_classes, repeats
+from data.batches import ImageDataset
+from data.dataset import Data
+from data.order import Blocks, Draw, EvalOrder, Mixed, Resampled, Samples, Shuffled, TrainOrder
+from data.sequential import SequentialEvalOrder, SequentialStream, SequentialTrainOrder
+from data.split import Split
+from data.stream import Stream
+from data.transforms import Transform, eval_transform, train_transform
+
+Order = TrainOrder | EvalOrder | SequentialTrainOrder | SequentialEvalOrder
+TRIES = 20  # samples in a row that may be bad before a run gives up
+
+
+class BadSample(NamedTuple):
+    id: int
+    source: str
+    reason: str
+
+
+class Draws:
+    """The draws of an order on their way to the loader processes, with the rows of a stream; remembered until their
+    batches come back."""
+
+    def __init__(self, order: Order, stream: Stream | None):
+        self.order, self.stream = order, stream
+        self.sent: deque[Draw] = deque()
+
+    def __iter__(self) -> Iterator[Draw]:
+        self.sent.clear()
+        for draw in self.order:
+            if self.stream is not None:
+                self.stream.fetch_ahead(draw.ahead() if draw.ahead else self.stream.blocks_from(draw.ids))
+                draw = draw._replace(rows=self.stream.rows(draw.ids))
+            self.sent.append(draw._replace(rows=None))
+            yield draw._replace(spare=None, ahead=None)
 
 
 class OrderedLoader:
-    """The micro-batches of an order. For training, `set_position` says where the next epoch begins."""
+    """The micro-batches of an order. For training, `set_position` says where the next epoch begins.
 
-    def __init__(self, dataset: ImageDataset, order: TrainOrder | EvalOrder, num_workers: int):
-        self.order = order
+    A bad sample never comes out: in training the next one of the order that is not bad stands in for it, under its
+    key; in evaluation it is left out. `bad` lists them as they are met.
+    """
+
+    def __init__(self, dataset: ImageDataset, order: Order, num_workers: int, stream: Any, size: int | None):
+        self.dataset, self.order, self.stream, self.size = dataset, order, stream, size
+        self.bad: list[BadSample] = []
+        self.draws = Draws(order, stream if isinstance(stream, Stream) else None)
         self.loader = DataLoader(
             dataset,
-            batch_sampler=order,  # type: ignore[arg-type]  # yields Draws, which the dataset's __getitems__ takes
+            batch_sampler=self.draws,  # type: ignore[arg-type]  # of Draws, which the dataset's __getitems__ takes
             collate_fn=as_it_is,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -35,18 +74,58 @@ class OrderedLoader:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch (training), or micro-batches (evaluation)."""
-        return self.order.steps_per_epoch if isinstance(self.order, TrainOrder) else len(self.order)
+        order = self.order
+        return order.steps_per_epoch if isinstance(order, (TrainOrder, SequentialTrainOrder)) else len(order)  # type: ignore[arg-type]
 
     def set_position(self, epoch: int, step_in_epoch: int) -> None:
-        """Let the next iteration begin at this step. Nothing is read or decoded for what is skipped."""
-        assert isinstance(self.order, TrainOrder), "an evaluation has no epochs"
+        """Let the next iteration begin at this step. Nothing is decoded for what is skipped."""
+        assert isinstance(self.order, (TrainOrder, SequentialTrainOrder)), "an evaluation has no epochs"
         self.order.epoch, self.order.first_step = epoch, step_in_epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self.loader:
-            if isinstance(batch, UserError):
-                raise batch
+            draw = self.draws.sent.popleft()
+            faults = batch.pop("faults", [])
+            if faults and draw.spare is None:
+                batch = self.without(batch, faults)
+            elif faults:
+                self.replace(batch, faults, draw)
             yield batch
+
+    def replace(self, batch: dict[str, Any], faults: list[tuple[int, str]], draw: Draw) -> None:
+        """Put the next good samples of the order where the bad ones are."""
+        assert draw.spare is not None
+        for slot, reason in faults:
+            self.note(int(batch["ids"][slot]), reason)
+            for attempt in range(1, TRIES + 1):
+                spare = draw.spare(slot, attempt)
+                if spare.rows is None and self.draws.stream is not None:
+                    spare = spare._replace(rows=self.draws.stream.rows(spare.ids))
+                one = self.dataset.__getitems__(spare)
+                if "faults" not in one:
+                    for name, values in one.items():
+                        batch[name][slot] = values[0]
+                    break
+                self.note(int(one["ids"][0]), one["faults"][0][1])
+            else:
+                raise DataError(
+                    f"{TRIES + 1} samples in a row cannot be used, the last: {self.bad[-1].reason}",
+                    where=self.bad[-1].source,
+                    fix="repair or remove the files",
+                )
+
+    def without(self, batch: dict[str, Any], faults: list[tuple[int, str]]) -> dict[str, Any]:
+        """The batch without its bad samples; a stand-in where none is left."""
+        for slot, reason in faults:
+            self.note(int(batch["ids"][slot]), reason)
+        bad = [slot for slot, _ in faults]
+        good = [slot for slot in range(len(batch["ids"])) if slot not in bad]
+        if good:
+            return {name: values[good] for name, values in batch.items()}
+        return batch | {"valid": torch.zeros(len(batch["ids"]), dtype=torch.bool)}
+
+    def note(self, place: int, reason: str) -> None:
+        self.bad.append(BadSample(place, self.stream.name(place), reason))
 
 
 def as_it_is(batch: Any) -> Any:
@@ -60,33 +139,82 @@ def train_loader(config: Config, data: Data, process: int = 0, processes: int = 
             f"--batch_size {config.batch_size} cannot be shared by {processes} processes",
             fix="it is the batch of all processes together: choose a multiple of their number",
         )
-    if len(data.train) < config.batch_size:
-        raise DataError(
-            f"{len(data.train)} training samples do not fill one global batch of {config.batch_size}"
-            + (f" on {processes} processes" if processes > 1 else ""),
-            where=data.name,
-            fix=f"lower --batch_size to at most {len(data.train)}"
-            + (" and start fewer processes" if len(data.train) < processes else ""),
+    split = data.train
+    shares = {
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "micro_batch_size": config.micro_batch_size,
+        "process": process,
+        "processes": processes,
+    }
+    order: TrainOrder | SequentialTrainOrder
+    rare_C = None
+    if isinstance(split.source, SequentialStream):
+        assert config.max_steps is not None, "checked when the stream was opened"
+        order = SequentialTrainOrder(
+            split.source, split.part, chunk_rows=config.shuffle_buffer, max_steps=config.max_steps, **shares
         )
-    transform = train_transform(config, data.image_size, data.info.horizontal_flip)
-    order = TrainOrder(
-        data.train.ids,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        process=process,
-        processes=processes,
+    else:
+        samples = samples_of(config, data)
+        if samples.size < config.batch_size:
+            raise DataError(
+                f"{samples.size} training samples do not fill one global batch of {config.batch_size}"
+                + (f" on {processes} processes" if processes > 1 else ""),
+                where=data.name,
+                fix=f"lower --batch_size to at most {samples.size}"
+                + (" and start fewer processes" if samples.size < processes else ""),
+            )
+        order = TrainOrder(samples, **shares)
+        if config.augment_rare != "none":
+            rare_C = rare_classes(split.labels, len(data.classes))
+    return loader(
+        config, split, order, train_transform(config, data.image_size, data.info.horizontal_flip, rare_C), data
     )
-    return OrderedLoader(ImageDataset(data.train.source, transform), order, workers(config, data.train))
+
+
+def samples_of(config: Config, data: Data) -> Samples:
+    """The order of an epoch: shuffled, by class, by dataset, or in the blocks of a stream."""
+    split = data.train
+    parts = [split.ids[begin:end] for begin, end in zip(split.cuts, [*split.cuts[1:], None])]
+    if isinstance(split.source, Stream):
+        stream = split.source
+        orders: list[Samples] = [
+            Blocks(ids, stream.blocks_of(ids), open_blocks=stream.open_blocks, seed=config.seed) for ids in parts
+        ]
+    elif config.sampling != "uniform":
+        return Resampled(split.ids, repeats(split.labels, len(data.classes), config.sampling), config.seed)
+    elif not config.mix_weights:
+        return Shuffled(split.ids, config.seed)
+    else:
+        orders = [Shuffled(ids, config.seed) for ids in parts]
+    weights = config.mix_weights or [order.size for order in orders]
+    return Mixed(orders, weights, config.seed) if len(orders) > 1 else orders[0]
 
 
 def eval_loader(config: Config, split: Split, image_size: int, process: int = 0, processes: int = 1) -> OrderedLoader:
     """Every sample once."""
-    order = EvalOrder(split.ids, micro_batch_size=config.micro_batch_size, process=process, processes=processes)
+    order: EvalOrder | SequentialEvalOrder
+    shares = {"micro_batch_size": config.micro_batch_size, "process": process, "processes": processes}
+    if isinstance(split.source, SequentialStream):
+        order = SequentialEvalOrder(split.source, split.part, chunk_rows=config.shuffle_buffer, **shares)
+    else:
+        ids = split.ids
+        if isinstance(split.source, Stream):  # block by block
+            ids = ids[np.argsort(split.source.blocks_of(ids), kind="stable")]
+        order = EvalOrder(ids, **shares)
+    return loader(config, split, order, eval_transform(image_size))
+
+
+def loader(config: Config, split: Split, order: Order, transform: Transform, data: Data | None = None) -> OrderedLoader:
     source = split.source
-    ready = isinstance(source, TensorSource) and source.images_NCHW.shape[2:] == (image_size, image_size)
-    dataset = ImageDataset(source, None if ready else eval_transform(image_size))
-    return OrderedLoader(dataset, order, workers(config, split))
+    streamed = isinstance(source, (Stream, SequentialStream))
+    dataset = ImageDataset(
+        None if streamed else source,  # type: ignore[arg-type]
+        transform,
+        num_classes=len(source.classes),
+        channels=source.channels,
+    )
+    return OrderedLoader(dataset, order, workers(config, split), source, len(split) if split.counted else None)
 
 
 def workers(config: Config, split: Split) -> int:

@@ -1,7 +1,9 @@
-"""Where images and labels come from: tensors in memory, folders of files, Hugging Face datasets."""
+"""Where pictures and labels come from: tensors in memory, folders of files, Hugging Face datasets."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 
 from configs.errors import DataError
-from data.decode import channels_of, open_image, to_tensor
+from data.decode import channels_of
 
 
 class Source(Protocol):
@@ -17,10 +19,20 @@ class Source(Protocol):
 
     classes: list[str]
     labels: np.ndarray  # int64 [N]
+    channels: int
     in_memory: bool
 
-    def image(self, place: int) -> torch.Tensor:
-        """uint8 [C, H, W] of any height and width."""
+    def read(self, place: int) -> bytes | torch.Tensor:
+        """An encoded picture, or pixels uint8 [C, H, W]. Raises DataError where there is none."""
+
+    def name(self, place: int) -> str:
+        """What messages call it."""
+
+    def sizes(self) -> np.ndarray | None:
+        """Bytes of each encoded picture, int64 [N], without reading it; None for pixels."""
+
+    def fingerprint(self) -> str:
+        """Changes when the content does."""
 
 
 class TensorSource:
@@ -30,9 +42,20 @@ class TensorSource:
 
     def __init__(self, images_NCHW: torch.Tensor, labels: np.ndarray, classes: list[str]):
         self.images_NCHW, self.labels, self.classes = images_NCHW, labels.astype(np.int64), classes
+        self.channels = images_NCHW.shape[1]
+        self.bad: dict[int, str] = {}  # places without a picture, and why
 
-    def image(self, place: int) -> torch.Tensor:
+    def read(self, place: int) -> torch.Tensor:
         return self.images_NCHW[place]
+
+    def name(self, place: int) -> str:
+        return f"image {place}"
+
+    def sizes(self) -> None:
+        return None
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.images_NCHW.numpy().tobytes()).hexdigest()
 
 
 class FolderSource:
@@ -61,6 +84,7 @@ class FolderSource:
                 where=str(root),
             )
         numbers = {name: number for number, name in enumerate(self.classes)}
+        self.root = root
         self.paths = [
             path
             for name in found
@@ -76,11 +100,34 @@ class FolderSource:
             raise DataError(
                 f"class folder {found[empty[0]]!r} holds no images", where=str(root), fix="fill or remove it"
             )
-        self.channels = channels or channels_of(open_image(self.paths[0], str(self.paths[0])))
+        self.channels = channels or channels_of_first(self, range(len(self.paths)))
 
-    def image(self, place: int) -> torch.Tensor:
-        path = self.paths[place]
-        return to_tensor(open_image(path, str(path)), self.channels, str(path))
+    def read(self, place: int) -> bytes:
+        try:
+            return self.paths[place].read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read the file: {error.strerror}", where=self.name(place)) from None
+
+    def name(self, place: int) -> str:
+        return str(self.paths[place])
+
+    def sizes(self) -> np.ndarray:
+        return np.array([size_of_file(path) for path in self.paths], np.int64)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for path in self.paths:
+            facts = path.stat()
+            digest.update(f"{path.relative_to(self.root)}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+def size_of_file(path: Path) -> int:
+    """In bytes; 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def is_hidden(path: Path, root: Path) -> bool:
@@ -97,50 +144,85 @@ class ArrowSource:
         self,
         dataset: Any,
         image_column: str,
-        label_column: str,
-        name: str,
+        labels: np.ndarray,
+        title: str,
         channels: int | None,
         classes: list[str],
     ):
         from datasets import Image as ImageFeature
 
-        self.name, self.classes = name, classes
-        self.labels = numbers_of(dataset, label_column, classes, name)
+        self.title, self.classes, self.labels = title, classes, labels
         self.rows, self.column = dataset.cast_column(image_column, ImageFeature(decode=False)), image_column
-        self.channels = channels or channels_of(self._open(0))
+        self.channels = channels or channels_of_first(self, range(len(self.rows)))
 
-    def _open(self, place: int) -> Any:
-        cell = self.rows[place][self.column]
-        return open_image(cell["bytes"] or Path(cell["path"]), f"{self.name}, row {place}")
+    def read(self, place: int) -> bytes:
+        return bytes_of_cell(self.rows[place][self.column], self.name(place))
 
-    def image(self, place: int) -> torch.Tensor:
-        return to_tensor(self._open(place), self.channels, f"{self.name}, row {place}")
+    def name(self, place: int) -> str:
+        return f"{self.title}, row {place}"
+
+    def sizes(self) -> np.ndarray:
+        import pyarrow.compute as pc
+
+        column = self.rows.with_format("arrow").select_columns([self.column])[:].column(self.column)
+        sizes = pc.fill_null(pc.binary_length(pc.struct_field(column, "bytes")), -1).to_numpy().astype(np.int64)
+        for place in np.flatnonzero(sizes < 0).tolist():  # a cell that holds a path
+            path = column[place].as_py()["path"] if column[place].is_valid else None
+            sizes[place] = size_of_file(Path(path)) if path else 0
+        return sizes
+
+    def fingerprint(self) -> str:
+        return f"{self.rows._fingerprint} {self.column}"
 
 
-def numbers_of(dataset: Any, label_column: str, classes: list[str], name: str) -> np.ndarray:
-    """The label column as class numbers, int64 [N]; text is looked up among the classes."""
-    values = np.asarray(dataset.select_columns([label_column]).with_format("numpy")[:][label_column])
-    if values.dtype.kind in "iu":
-        return values.astype(np.int64)
-    numbers = {name: number for number, name in enumerate(classes)}
-    unknown = [value for value in values.tolist() if str(value) not in numbers]
-    if unknown:
-        raise DataError(f"label {unknown[0]!r} is none of the {len(classes)} training classes", where=name)
-    return np.array([numbers[str(value)] for value in values], np.int64)
+def bytes_of_cell(cell: dict[str, Any] | None, name: str) -> bytes:
+    """The encoded picture of an undecoded image cell, which holds its bytes or a path."""
+    if cell and cell["bytes"] is not None:
+        return cell["bytes"]
+    if not cell or not cell["path"]:
+        raise DataError("there is no image", where=name)
+    try:
+        return Path(cell["path"]).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the file {cell['path']}: {error.strerror}", where=name) from None
 
 
-def classes_of(dataset: Any, label_column: str, name: str) -> list[str]:
-    """Class names of a label column: its own, or the sorted distinct values."""
-    feature = dataset.features[label_column]
-    if hasattr(feature, "names"):
-        return list(feature.names)
-    values = np.asarray(dataset.select_columns([label_column]).with_format("numpy")[:][label_column])
-    if values.dtype.kind in "iu":
-        return [str(number) for number in range(int(values.max(initial=-1)) + 1)]
-    if values.dtype.kind in "OSU" and all(isinstance(value, str) for value in values.tolist()):
-        return sorted(set(values.tolist()))
-    raise DataError(
-        f"column {label_column!r} holds {feature}, no class labels",
-        where=name,
-        fix="name another one with --label_column",
-    )
+class JoinedSource:
+    """Several sources of the same classes, one after the other."""
+
+    def __init__(self, parts: Sequence[Source]):
+        self.parts, self.classes, self.channels = parts, parts[0].classes, parts[0].channels
+        self.in_memory = all(part.in_memory for part in parts)
+        self.labels = np.concatenate([part.labels for part in parts])
+        self.starts = np.cumsum([0, *(len(part.labels) for part in parts)])
+
+    def _find(self, place: int) -> tuple[Source, int]:
+        part = int(np.searchsorted(self.starts, place, side="right")) - 1
+        return self.parts[part], place - int(self.starts[part])
+
+    def read(self, place: int) -> bytes | torch.Tensor:
+        part, place = self._find(place)
+        return part.read(place)
+
+    def name(self, place: int) -> str:
+        part, place = self._find(place)
+        return part.name(place)
+
+    def sizes(self) -> np.ndarray | None:
+        sizes = [part.sizes() for part in self.parts]
+        return None if any(size is None for size in sizes) else np.concatenate(sizes)  # type: ignore[arg-type]
+
+    def fingerprint(self) -> str:
+        return " ".join(part.fingerprint() for part in self.parts)
+
+
+def channels_of_first(source: Source, places: Sequence[int], tries: int = 100) -> int:
+    """1 or 3, from the header of the first picture that has one; a broken one must not stop a run."""
+    fault: DataError | None = None
+    for place in places[:tries]:
+        try:
+            picture = source.read(place)
+            return channels_of(picture, source.name(place)) if isinstance(picture, bytes) else len(picture)
+        except DataError as error:
+            fault = fault or error
+    raise fault or DataError("there is no image")

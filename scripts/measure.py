@@ -8,9 +8,12 @@ from pathlib import Path
 import models
 from configs.errors import DataError
 from configs.options import Config
-from data.dataset import Split, check_labels, load_data, whole
+from data.dataset import check_labels, load_data
+from data.leakage import duplicates_between
 from data.loader import eval_loader
 from data.sources import FolderSource
+from data.split import Split
+from data.whole import whole
 from scripts.wiring import TRAINERS
 from trainer.device import make_accelerator
 
@@ -25,8 +28,13 @@ def measure(config: Config, weights: str, part: str) -> dict[str, float] | None:
     trainer = TRAINERS[model.task](plain, model, accelerator=accelerator)
     size = model.image_size or config.image_size or 224
     loader = eval_loader(config, split, size, accelerator.process_index, accelerator.num_processes)
-    metrics = trainer.validate_epoch(loader) | {"samples": len(split)}
-    return metrics if accelerator.is_main_process else None
+    metrics = trainer.validate_epoch(loader)
+    bad = trainer.gather_lines([one._asdict() for one in loader.bad])
+    if not accelerator.is_main_process:
+        return None
+    for one in bad[:10]:
+        print(f"left out  {one['source']}: {one['reason']}")
+    return metrics | ({"samples": len(split) - len(bad)} if split.counted else {})
 
 
 def open_split(config: Config, model: models.BaseModel, part: str) -> Split:
@@ -34,7 +42,7 @@ def open_split(config: Config, model: models.BaseModel, part: str) -> Split:
     channels = len(model.mean_C11)
     if part == "test" and config.test_data_dir:
         return whole(FolderSource(Path(config.test_data_dir), 1 if channels == 1 else 3, model.classes))
-    data = load_data(replace(config, channels=1 if channels == 1 else 3))
+    data = load_data(replace(config, channels=1 if channels == 1 else 3), test=part == "test")
     if data.classes != model.classes:
         raise DataError(
             f"the data have the classes {', '.join(data.classes[:5])} ..., "
@@ -47,5 +55,8 @@ def open_split(config: Config, model: models.BaseModel, part: str) -> Split:
         raise DataError(
             f"there is no {part} split", where=data.name, fix="give --test_data_dir DIR, or measure --on val"
         )
-    check_labels(split, part, data.name)
+    if not split.streamed:
+        check_labels(split, part, data.name)
+        if part == "test" and (warning := duplicates_between(data.train, split).warning("training", "test")):
+            print(f"note      {warning}")
     return split

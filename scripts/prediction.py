@@ -16,7 +16,6 @@ from tqdm import tqdm
 import models
 from configs.arguments import make_config
 from configs.errors import DataError
-from data.decode import open_image, to_tensor
 from data.sources import is_hidden
 from data.transforms import eval_transform
 from scripts.wiring import TRAINERS
@@ -38,7 +37,9 @@ def predict_files(weights: str, inputs: list[Path], batch_size: int) -> Iterator
         for path in chunk:
             rows.append({"path": str(path)})
             try:
-                images.append(transform(to_tensor(open_image(path, str(path)), channels, str(path))))
+                images.append(transform.cut(path.read_bytes(), 0, channels))
+            except OSError as error:
+                rows[-1]["error"] = f"cannot read the file: {error.strerror}"
             except DataError as error:
                 rows[-1]["error"] = error.what
         if images:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
 from configs.options import Config
+from data.balance import effective_counts, rare_classes, repeats
 from data.dataset import Data
-from data.order import even_parts
+from data.order import TrainOrder, even_parts
+from data.sequential import SequentialStream
+from data.stream import Stream
 from models.summary import summarize
 from scripts.wiring import build_trainer, device_name
 from trainer.base_trainer import BaseTrainer
@@ -31,9 +38,10 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     """One screen: the run, the model, the data, the course of training, the machine."""
     config, accelerator = trainer.config, trainer.accelerator
     micro = even_parts(trainer.batch_share, config.micro_batch_size)
-    splits = [("train", data.train), ("validation", data.val), ("test", data.test)]
-    sizes = " · ".join(f"{name} {len(split):,}" for name, split in splits if split)
-    dropped = len(data.train) % config.batch_size
+    splits = [("train", data.train), ("validation", data.val)]
+    sizes = " · ".join(f"{name} {len(split):,}" if split.counted else f"{name} ?" for name, split in splits if split)
+    sizes += f" · test {data.held_out:,}" if data.held_out else ""
+    dropped = left_out_each_epoch(trainer.train_loader, config.batch_size)
     length = (
         f"{config.max_steps:,} steps"
         if config.max_steps
@@ -44,6 +52,8 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     print(f"model     {config.model}: {summarize(trainer.plain_model, data.info.channels, data.image_size, micro)}")
     print(f"data      {data.name}: {sizes}; {len(data.classes)} classes")
     print(f"          {data.info.channels}x{data.image_size}x{data.image_size} pixels, augment {config.augment}")
+    for line in sampling_lines(config, data):
+        print(f"          {line}")
     print(
         f"training  {length}, batch {config.batch_size} = "
         f"{accelerator.num_processes} process(es) x {accumulated} x {micro}"
@@ -62,12 +72,46 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     print(flush=True)
 
 
+def left_out_each_epoch(train_loader: Any, batch_size: int) -> int:
+    order = train_loader.order
+    return order.samples.size % batch_size if isinstance(order, TrainOrder) else 0
+
+
+def sampling_lines(config: Config, data: Data) -> list[str]:
+    """How a stream is read, or how often classes come where that is not as they are."""
+    split = data.train
+    if isinstance(split.source, Stream):
+        stream = split.source
+        rows = len(stream) * stream.open_blocks // stream.reader.block_count
+        return [f"streamed: {stream.reader.block_count:,} blocks, about {rows:,} rows shuffled at a time"]
+    if isinstance(split.source, SequentialStream):
+        return [f"streamed from the front: {config.shuffle_buffer:,} rows shuffled at a time"]
+    lines = []
+    counts_C = np.bincount(split.labels, minlength=len(data.classes))
+    if config.sampling != "uniform":
+        weights = repeats(split.labels, len(data.classes), config.sampling)
+        seen_C = effective_counts(split.labels, weights, len(data.classes))
+        few, many = int(np.where(counts_C, counts_C, counts_C.max()).argmin()), int(counts_C.argmax())
+        each = [f"{data.classes[c]} {counts_C[c]:,} come {seen_C[c]:,.0f} times" for c in (few, many)]
+        lines.append(f"{config.sampling}: {', '.join(each)} an epoch of {weights.sum():,.0f}")
+    if config.augment_rare != "none":
+        rare = [data.classes[c] for c in np.flatnonzero(rare_classes(split.labels, len(data.classes)))]
+        names = ", ".join(rare[:5]) + (", ..." if len(rare) > 5 else "")
+        lines.append(f"{config.augment_rare} for {len(rare)} rare classes" + (f": {names}" if rare else ""))
+    return lines
+
+
 def print_result(trainer: BaseTrainer, result: dict) -> None:
     """The best epoch, the folder, and what to do next."""
     path, best = trainer.run.path, result["best"]
     print()
     if best:
         print(f"best      {best['metric']} {best['value']:.4f} in epoch {best['epoch'] + 1} (step {best['step']:,})")
+    bad = len(trainer.bad_samples.lines)
+    if bad:
+        print(
+            f"bad       {bad:,} samples could not be used and were replaced or left out: {path / 'bad_samples.jsonl'}"
+        )
     print(f"run       {path}")
     if result["state"] == "preempted":
         print(f"stopped   after step {result['step']:,}, saved; continue with")

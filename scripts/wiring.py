@@ -8,7 +8,8 @@ import torch
 
 from configs.errors import ConfigError
 from configs.options import Config, nearest
-from data.dataset import Data, load_data
+from data.dataset import Data, load_data, with_cache
+from data.leakage import duplicates_between
 from data.loader import eval_loader, train_loader
 from data.order import Use, mix, seed_cpu
 from models import BaseModel, ModelError
@@ -32,12 +33,16 @@ def check_names(config: Config) -> None:
         raise ConfigError(f"--model {config.model}: {error}") from None
 
 
-def build_data(config: Config) -> tuple[Data, str]:
-    """The data at the size that the model can take, and a line where that is not their own."""
+def build_data(config: Config, *, shown: bool = True) -> tuple[Data, list[str]]:
+    """The data at the size that the model can take, and lines about what a user should know of them."""
     data = load_data(config)
-    size = input_size(config.model, data.image_size)
-    line = f"{config.model} takes no images of {data.image_size} px: they are resized to {size} px"
-    return replace(data, image_size=size), line if size != data.image_size else ""
+    size, notes = input_size(config.model, data.image_size), []
+    if size != data.image_size:
+        notes.append(f"{config.model} takes no images of {data.image_size} px: they are resized to {size} px")
+    if shown and data.val and not data.train.streamed:
+        warning = duplicates_between(data.train, data.val).warning()
+        notes += [warning] if warning else []
+    return with_cache(replace(data, image_size=size), config, shown=shown), notes
 
 
 def build_model(config: Config, data: Data) -> BaseModel:
@@ -68,7 +73,7 @@ def build_trainer(config: Config) -> tuple[BaseTrainer, Data, list[str]]:
     accelerator = make_accelerator(config)
     config = replace(config, mixed_precision=accelerator.mixed_precision)
     with accelerator.main_process_first():  # one process prepares what the others then read
-        data, line = build_data(config)
+        data, notes = build_data(config, shown=accelerator.is_main_process)
     model = build_model(config, data)
     process, processes = accelerator.process_index, accelerator.num_processes
     trainer = TRAINERS[config.task](
@@ -78,7 +83,7 @@ def build_trainer(config: Config) -> tuple[BaseTrainer, Data, list[str]]:
         eval_loader(config, data.val, data.image_size, process, processes) if data.val else None,
         accelerator=accelerator,
     )
-    return trainer, data, [line] if line else []
+    return trainer, data, notes
 
 
 def device_name(device: torch.device) -> str:

@@ -9,7 +9,19 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import EvalOrder, TrainOrder, even_parts, mix, mix_ids, permutation
+from data.order import (
+    Blocks,
+    EvalOrder,
+    Mixed,
+    Resampled,
+    Samples,
+    Shuffled,
+    TrainOrder,
+    even_parts,
+    mix,
+    mix_ids,
+    permutation,
+)
 from data.splits import stratified_split
 from tests.conftest import ROOT
 
@@ -41,15 +53,38 @@ def test_every_epoch_is_another_permutation(size: int, seed: int, epoch: int):
         assert order.tolist() != permutation(seed + 1, epoch, size).tolist()
 
 
-def batches(n: int, share: int, processes: int, micro: int, epoch: int, first_step: int) -> list[list[tuple[int, int]]]:
+def shuffled(n: int) -> Samples:
+    return Shuffled(np.arange(n) * 3, seed=4)
+
+
+def in_blocks(n: int) -> Samples:
+    return Blocks(np.arange(n) * 3, np.arange(n) // 7, open_blocks=2, seed=4)
+
+
+def resampled(n: int) -> Samples:
+    return Resampled(np.arange(n) * 3, 0.2 + np.arange(n) % 3, seed=4)
+
+
+def mixed(n: int) -> Samples:
+    """A stream and a table, the small one passed over several times an epoch."""
+    small = max(1, n // 5)
+    other = Shuffled(1000 + np.arange(small), seed=4)
+    return Mixed([in_blocks(n - small) if n > small else shuffled(1), other], [0.3, 0.7], seed=4)
+
+
+KINDS = st.sampled_from([shuffled, in_blocks, resampled, mixed])
+
+
+def batches(
+    samples: Samples, share: int, processes: int, micro: int, epoch: int, first_step: int
+) -> list[list[tuple[int, int]]]:
     """(id, key) of each global batch, put together from what every process draws."""
-    batch_size = share * processes
     drawn = []
     for process in range(processes):
         order = TrainOrder(
-            np.arange(n) * 3,
+            samples,
             seed=4,
-            batch_size=batch_size,
+            batch_size=share * processes,
             micro_batch_size=micro,
             process=process,
             processes=processes,
@@ -60,22 +95,90 @@ def batches(n: int, share: int, processes: int, micro: int, epoch: int, first_st
     return [sum(parts, []) for parts in zip(*drawn)]
 
 
-@settings(max_examples=60)
-@given(st.integers(1, 6), st.sampled_from([1, 2, 3, 4]), st.integers(1, 9), st.integers(0, 3), st.data())
+@settings(max_examples=100)
+@given(KINDS, st.integers(1, 6), st.sampled_from([1, 2, 3, 4]), st.integers(1, 9), st.integers(0, 3), st.data())
 def test_global_batches_do_not_depend_on_processes_or_micro_batches(
-    share: int, processes: int, micro: int, epoch: int, data: st.DataObject
+    kind, share: int, processes: int, micro: int, epoch: int, data: st.DataObject
 ):
     n = data.draw(st.integers(share * processes, 90))
-    whole = batches(n, share * processes, 1, share * processes, epoch, 0)
-    assert batches(n, share, processes, micro, epoch, 0) == whole
+    if kind(n).size < share * processes:
+        return
+    whole = batches(kind(n), share * processes, 1, share * processes, epoch, 0)
+    assert batches(kind(n), share, processes, micro, epoch, 0) == whole
     resumed_at = data.draw(st.integers(0, len(whole)))
-    assert batches(n, share, processes, micro, epoch, resumed_at) == whole[resumed_at:]
-    ids = [number for batch in whole for number, _ in batch]
-    assert len(ids) == len(set(ids)) == n // (share * processes) * share * processes
+    assert batches(kind(n), share, processes, micro, epoch, resumed_at) == whole[resumed_at:]
+    assert len(whole) == kind(n).size // (share * processes)
+    drawn = [pair for batch in whole for pair in batch]
+    assert len(set(drawn)) == len(drawn), "one sample twice under one key"
+    if kind in (shuffled, in_blocks):
+        assert len({number for number, _ in drawn}) == len(drawn)
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 120), st.integers(1, 9), st.integers(1, 6), st.integers(0, 3))
+def test_a_stream_is_a_permutation_that_needs_few_blocks_at_a_time(n: int, rows: int, open_blocks: int, epoch: int):
+    block_of = np.arange(n) // rows
+    samples = Blocks(np.arange(n), block_of, open_blocks=open_blocks, seed=1)
+    ids, passes = samples.take(epoch, 0, n)
+    assert sorted(ids.tolist()) == list(range(n)) and not passes.any()
+    chunk_of_block: dict[int, int] = {}
+    place = 0
+    while place < n:  # every chunk is the whole of its blocks, and they are what is said to be needed
+        needed = samples.blocks_from(epoch, place)
+        chunk = needed[:open_blocks]
+        size = int(np.isin(block_of, chunk).sum())
+        assert set(block_of[ids[place : place + size]]) == set(chunk)
+        assert not chunk_of_block.keys() & set(chunk)
+        chunk_of_block |= dict.fromkeys(chunk, place)
+        place += size
+        assert samples.blocks_from(epoch, place - 1)[: len(chunk)] == chunk
+        assert needed[open_blocks:] == (samples.blocks_from(epoch, place)[:open_blocks] if place < n else [])
+    if n > 40:
+        assert ids.tolist() != samples.take(epoch + 1, 0, n)[0].tolist()
+
+
+@settings(max_examples=60)
+@given(st.lists(st.floats(0.0, 5.0), min_size=1, max_size=60), st.integers(0, 3))
+def test_resampling_takes_each_sample_as_often_as_its_weight_rounded(weights: list[float], epoch: int):
+    total = sum(weights)
+    if total < 1:
+        return
+    samples = Resampled(np.arange(len(weights)), np.array(weights), seed=0)
+    assert samples.size == round(total)
+    ids, passes = samples.take(epoch, 0, samples.size)
+    counts = np.bincount(ids, minlength=len(weights))
+    assert (np.abs(counts - np.array(weights) * samples.size / total) < 1 + 1e-6).all()
+    assert sorted(zip(ids.tolist(), passes.tolist())) == [(i, k) for i, c in enumerate(counts) for k in range(c)]
+
+
+def test_mixed_datasets_come_by_weight_and_each_at_its_own_pace():
+    first, second = Shuffled(np.arange(60), seed=0), Shuffled(100 + np.arange(40), seed=0)
+    samples = Mixed([first, second], [0.9, 0.1], seed=0)
+    seen = [samples.take(epoch, 0, samples.size) for epoch in range(6)]
+    for ids, _ in seen:
+        assert (len(ids), int((ids < 100).sum())) == (100, 90)
+    ids = np.concatenate([ids for ids, _ in seen])
+    few = ids[ids >= 100].tolist()  # 10 an epoch: all 40 come before one of them comes again
+    assert len(set(few[:40])) == 40 and few[:20] != few[40:]
+    often = ids[ids < 100]
+    assert all(len(set(often[start : start + 60])) == 60 for start in range(0, 540, 60))
+    assert {int(p) for _, passes in seen for p in passes} == {0, 1}
+
+
+def test_a_spare_is_the_next_sample_of_the_epoch_under_the_key_of_the_slot():
+    whole = TrainOrder(shuffled(10), seed=0, batch_size=10, micro_batch_size=10)
+    parts = TrainOrder(shuffled(10), seed=0, batch_size=10, micro_batch_size=2, process=1, processes=2)
+    (draw,) = whole
+    order = draw.ids.tolist()
+    for slot in range(10):
+        spare = draw.spare(slot, 2)
+        assert (spare.ids.tolist(), spare.keys.tolist()) == ([order[(slot + 2) % 10]], [draw.keys[slot]])
+    later = list(parts)[1]
+    assert later.spare(1, 2).ids.tolist() == [order[(5 + 2 + 1 + 2) % 10]]
 
 
 def test_a_sample_is_augmented_otherwise_in_another_epoch():
-    keys = [dict(pair for batch in batches(30, 10, 1, 10, epoch, 0) for pair in batch) for epoch in (0, 1)]
+    keys = [dict(pair for batch in batches(shuffled(30), 10, 1, 10, epoch, 0) for pair in batch) for epoch in (0, 1)]
     assert all(keys[0][number] != keys[1][number] for number in keys[0])
 
 

@@ -17,14 +17,15 @@ from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from configs.errors import ConfigError, DataError, Diverged
 from configs.options import Config
 from data.order import Use, mix, seed_device
 from trainer import checkpoint, run_folder, saving
-from trainer.device import default_threads, make_accelerator
+from trainer.bad_samples import BadSamples
+from trainer.device import default_threads, make_accelerator, moved_ahead
 from trainer.ema import WeightAverage
 from trainer.losses import Criterion, Losses, Weights, loss_names, total
 from trainer.metrics import CURE, Meter, means
@@ -33,7 +34,7 @@ from trainer.optim import build_optimizers, clip_gradients, lr_factor
 from trainer.progress import Clock, EpochBar, Table
 from trainer.state import TrainState
 from trainer.trackers import Tracker, open_trackers
-from trainer.windows import Batch, PositionedLoader, Window, count_steps, grouped, samples_in
+from trainer.windows import Batch, PositionedLoader, Window, as_dict, count_steps, grouped, samples_in
 
 
 class BaseTrainer(ABC):
@@ -88,6 +89,7 @@ class BaseTrainer(ABC):
         self.criterion: Criterion = self.get_criterion()
         reduce = (lambda tensor: self.accelerator.reduce(tensor, "sum")) if processes > 1 else None
         self.reduce = reduce
+        self.bad_samples = BadSamples(self.run, config.max_bad_fraction, self.gather_lines)
         self.meter = Meter(self.hits, reduce)
         self.grad_norm: Tensor | None = None
         self.window = Window([], [], 0)
@@ -163,6 +165,7 @@ class BaseTrainer(ABC):
                     return self.leave("preempted", "stop_after_steps")
                 if self.val_loader is not None:
                     results["val"] = self.validate_epoch(self.val_loader)
+                    self.bad_samples.collect("val", self.val_loader, self.state.step)
                 self.finish_epoch(results)
                 if self.stop_is_due() and not self.finished:
                     return self.leave("preempted", "stop_after_steps", saved=True)
@@ -252,12 +255,13 @@ class BaseTrainer(ABC):
         done, self.exhausted = self.state.step_in_epoch, False
         if isinstance(train_loader, PositionedLoader):
             train_loader.set_position(self.state.epoch, done)
-            groups = grouped(self.clock.waiting(train_loader), self.batch_share)
-        else:
-            groups = itertools.islice(grouped(self.clock.waiting(train_loader), self.batch_share), done, None)
+            done = 0
+        ahead = moved_ahead(self.clock.waiting(train_loader), self.device, self.on_device)
+        groups = itertools.islice(grouped(ahead, self.batch_share), done, None)
         for batches in groups:
             counts = [self.count(batch) for batch in batches]
             self.clock.samples += sum(map(samples_in, batches)) * self.accelerator.num_processes
+            self.bad_samples.collect("train", train_loader, self.state.step + 1)
             yield Window(batches, counts, self.window_total(counts, train_loader))
         self.exhausted = True
         if not self.state.step_in_epoch:
@@ -285,12 +289,13 @@ class BaseTrainer(ABC):
             offset += samples_in(batch)
             seed_device(mix(self.config.seed, Use.STEP, self.state.step, batch["offset"]), self.device)
             if window.is_last:
-                yield self.on_device(batch)
+                yield batch
             else:
                 with self.accelerator.no_sync(self.model):  # gradients meet in the last micro-batch
-                    yield self.on_device(batch)
+                    yield batch
 
-    def on_device(self, batch: Batch) -> Batch:
+    def on_device(self, item: Any) -> Batch:
+        batch = as_dict(item)
         if self.device.type == "cpu" and not self.config.channels_last:
             return batch
         moved = {
@@ -360,9 +365,19 @@ class BaseTrainer(ABC):
             if self.scaler is None and not math.isfinite(values["grad_norm"]):
                 raise Diverged(f"the gradient's norm is {values['grad_norm']} at step {self.state.step}", fix=CURE)
         self.state.window_sums = {}
+        self.share_bad_samples()
         self.run.log("train", {"step": self.state.step, "epoch": self.state.epoch, **values})
         self.track({f"train/{name}": value for name, value in values.items()})
         bar.show(values)
+
+    def share_bad_samples(self) -> None:
+        self.bad_samples.share(self.state.step * self.config.batch_size)
+
+    def gather_lines(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of all processes, on each; as a rule there are none, and one number is all that is exchanged."""
+        if self.reduce is None or not self.reduce(torch.tensor(len(lines), device=self.device)):
+            return lines
+        return gather_object(lines)
 
     def log_speed(self) -> None:
         values = self.clock.speed()
@@ -393,11 +408,13 @@ class BaseTrainer(ABC):
         self.meter.read(self.state.window_sums, self.state.epoch_sums)  # raises Diverged on a loss of NaN
         if not all(bool(p.isfinite().all()) for p in self.parameters):
             raise Diverged(f"a weight is not finite after step {self.state.step}", fix=CURE)
+        self.share_bad_samples()
         saving.save_checkpoint(self)
 
     def open_run(self) -> None:
         config = self.config
         self.run.set_back(self.state.step)
+        self.bad_samples.remember()
         if self.is_main:
             for line in checkpoint.set_aside(self.run.checkpoints, self.state.step):
                 print(line)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -45,3 +47,33 @@ def make_accelerator(config: Config) -> Accelerator:
 def default_threads(processes_here: int) -> int:
     """The cores of this machine, shared out over its processes."""
     return max(1, (os.cpu_count() or 1) // max(1, processes_here))
+
+
+def moved_ahead(
+    items: Iterable[Any], device: torch.device, move: Callable[[Any], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Each batch on the device. With CUDA the next one travels on a stream of its own while this one is computed on."""
+    if device.type != "cuda":
+        yield from map(move, items)
+        return
+    copies = torch.cuda.Stream(device)
+    waiting: tuple[dict[str, Any], torch.cuda.Event] | None = None
+    for item in items:
+        with torch.cuda.stream(copies):
+            batch = move(item)
+        following = batch, copies.record_event()
+        if waiting is not None:
+            yield arrived(*waiting)
+        waiting = following
+    if waiting is not None:
+        yield arrived(*waiting)
+
+
+def arrived(batch: dict[str, Any], copied: torch.cuda.Event) -> dict[str, Any]:
+    """The batch, once its copy is done; its memory stays until what computes on it is done, too."""
+    computing = torch.cuda.current_stream()
+    computing.wait_event(copied)
+    for value in batch.values():
+        if isinstance(value, torch.Tensor) and value.is_cuda:
+            value.record_stream(computing)
+    return batch

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from trainer.base_trainer import BaseTrainer
+from trainer.device import moved_ahead
 from trainer.losses import Criterion, Losses, combine
 from trainer.metrics import ClassificationMetrics, Meter, Sums, means
 from trainer.mixing import mix_pairs
 from trainer.progress import Clock, EpochBar
-from trainer.windows import Batch, as_dict
+from trainer.windows import Batch
 
 
 class MainTrainer(BaseTrainer):
@@ -49,8 +50,7 @@ class MainTrainer(BaseTrainer):
         self.model.eval()
         meter, sums, metrics = Meter(None, self.reduce), Sums(), self.new_metrics()
         with self.averaged():
-            for item in val_loader:
-                batch = self.on_device(as_dict(item))
+            for batch in moved_ahead(val_loader, self.device, self.on_device):
                 losses, predictions = self.forward_pass(batch)
                 count = self.count(batch)
                 meter.add(losses, count, (), self.state.step)

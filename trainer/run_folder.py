@@ -22,6 +22,7 @@ MAY_CHANGE = {
     "epochs", "max_steps", "num_workers", "cpu_threads", "log_every", "save_every_steps", "keep_last", "keep_best",
     "use_tensorboard", "use_wandb", "wandb_project", "push_to_hub", "hub_model_id", "trace_samples", "debug",
     "stop_after_steps", "early_stopping", "patience", "resume", "experiment_name", "output_dir", "test_data_dir",
+    "max_bad_fraction",
 }  # fmt: skip
 
 
@@ -61,6 +62,11 @@ class RunFolder:
         if self._samples:
             self._samples.write(json.dumps({"step": step, "epoch": epoch, "ids": ids}) + "\n")
 
+    def log_bad_sample(self, line: dict[str, Any]) -> None:
+        if self.writes:
+            with (self.path / "bad_samples.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
     def status(self, state: str, **values: Any) -> None:
         """status.json: the truth about how a run ended, whatever the launcher says."""
         if self.writes and self.path.is_dir():
@@ -74,7 +80,7 @@ class RunFolder:
 
     def set_back(self, step: int) -> None:
         """Forget the lines of steps that will be done again, and a last line that a kill cut off."""
-        for name in ("metrics.jsonl", "samples.jsonl") if self.writes else ():
+        for name in ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl") if self.writes else ():
             path = self.path / name
             if path.is_file():
                 kept = [line for line in path.read_text().splitlines() if is_at_most(line, step)]

@@ -1,0 +1,78 @@
+"""Splits of data that are at hand as a whole: in memory, in folders, in tables on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configs.dataset_info import DatasetInfo, find_dataset_info
+from configs.errors import ConfigError
+from configs.options import Config
+from data import hub
+from data.embedded import SOURCES
+from data.sources import ArrowSource, FolderSource, JoinedSource, Source, TensorSource
+from data.split import Split, check_classes, missing_shares, more_datasets, with_more
+from data.splits import grouped_split, stratified_split
+
+
+def whole_splits(config: Config, info: DatasetInfo | None, *, test: bool) -> dict[str, Split]:
+    """The splits that are given, and those that are cut out of the training data."""
+    sources = open_sources(config, info, test=test)
+    splits = cut_missing_splits({part: whole(source) for part, source in sources.items()}, config)
+    more = [open_sources(one, find_dataset_info(one.dataset), test=False)["train"] for one in more_datasets(config)]
+    if more:
+        every = [sources["train"], *more]
+        check_classes(every, config)
+        splits["train"] = with_more(splits["train"], joined(every), [len(source.labels) for source in more])
+    return splits
+
+
+def open_sources(config: Config, info: DatasetInfo | None, *, test: bool) -> dict[str, Source]:
+    """A source for each split that is given; the test split only where it is asked for."""
+    if config.train_data_dir:
+        train = FolderSource(Path(config.train_data_dir), config.channels)
+        sources: dict[str, Source] = {"train": train}
+        for part, root in (("val", config.val_data_dir), ("test", config.test_data_dir if test else None)):
+            if root:
+                sources[part] = FolderSource(Path(root), train.channels, train.classes)
+        return sources
+    if config.dataset in SOURCES and not config.data_files:
+        return {"train": SOURCES[config.dataset]()}
+    return dict(hub.whole_sources(config, info, test=test))
+
+
+def whole(source: Source) -> Split:
+    return Split(source, np.arange(len(source.labels)))
+
+
+def cut_missing_splits(splits: dict[str, Split], config: Config) -> dict[str, Split]:
+    """Hold out what is missing: stratified by class, or with every group in one split."""
+    train, shares = splits["train"], missing_shares(list(splits), config)
+    if config.group_column and not isinstance(train.source, ArrowSource):
+        raise ConfigError(
+            "--group_column names a column of a Hugging Face dataset, and these data have none",
+            fix="give the folder to --dataset, with a metadata.csv that holds the column",
+        )
+    if len(shares) > 1:
+        amounts = list(shares.values())
+        if isinstance(train.source, ArrowSource) and config.group_column:
+            groups = hub.groups_of(train.source, config.group_column)
+            parts = grouped_split(train.ids, groups, train.labels, amounts, config.split_seed)
+        else:
+            parts = stratified_split(train.ids, train.labels, amounts, config.split_seed)
+        for part, ids in zip(shares, parts):
+            if len(ids) or shares[part]:
+                splits[part] = Split(train.source, ids)
+    return splits
+
+
+def joined(sources: Sequence[Source]) -> Source:
+    """Several sources as one; images of one size in memory stay so."""
+    tensors = [source for source in sources if isinstance(source, TensorSource)]
+    if len(tensors) < len(sources) or len({source.images_NCHW.shape[1:] for source in tensors}) > 1:
+        return JoinedSource(sources)
+    images_NCHW = torch.cat([source.images_NCHW for source in tensors])
+    return TensorSource(images_NCHW, np.concatenate([source.labels for source in tensors]), sources[0].classes)
