@@ -41,7 +41,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def cut(self, draw: Draw, labels: np.ndarray, faults: list[tuple[int, str]]) -> torch.Tensor:
         """Squares, uint8 [B, C, S, S]; a bad sample is black and among the faults."""
         if isinstance(self.source, TensorSource) and draw.rows is None:
-            images_BCHW = self.transform.cut_all(self.source.images_NCHW[torch.from_numpy(draw.ids)])
+            images_BCHW = self.transform.cut_all(taken(self.source.images_NCHW, draw.ids))
             if images_BCHW is not None:
                 bad = self.source.bad
                 faults += (
@@ -59,3 +59,8 @@ class ImageDataset(torch.utils.data.Dataset):
             except DataError as error:
                 faults.append((slot, error.what))
         return images_BCHW
+
+
+def taken(images_NCHW: torch.Tensor, ids: np.ndarray) -> torch.Tensor:
+    """Some images: numpy's copy takes a tenth of the time of torch's indexing."""
+    return torch.from_numpy(images_NCHW.numpy().take(ids, axis=0))

@@ -11,7 +11,6 @@ from configs.dataset_info import IMAGENET_MEAN, IMAGENET_STD, DatasetInfo, find_
 from configs.errors import ConfigError, DataError
 from configs.options import Config
 from data import hub
-from data.cache import cached
 from data.decode import decode
 from data.sequential import SequentialStream
 from data.split import Split
@@ -79,6 +78,8 @@ def with_cache(data: Data, config: Config, *, shown: bool) -> Data:
     """The same data, decoded and resized once, where `--cache` asks for it."""
     if config.cache == "none" or data.train.source.in_memory:
         return data
+    from data.cache import cached  # its locks are those of Linux and macOS
+
     sources = {id(split.source): split.source for split in (data.train, data.val) if split}
     stored = {key: cached(source, data.image_size, where=config.cache, shown=shown) for key, source in sources.items()}  # type: ignore[arg-type]
     train, val = (split and replace(split, source=stored[id(split.source)]) for split in (data.train, data.val))

@@ -105,6 +105,8 @@ class Geometry(NamedTuple):
 
 def shifted(images_BCHW: np.ndarray, tops: np.ndarray, lefts: np.ndarray, padding: int) -> np.ndarray:
     """Pad with black all round, and cut a square of the old size at (top, left) of each: 300,000 a second at 32x32."""
-    edges = ((0, 0), (0, 0), (padding, padding), (padding, padding))
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(images_BCHW, edges), images_BCHW.shape[2:], axis=(2, 3))
-    return windows[np.arange(len(windows)), :, tops, lefts]
+    count, channels, height, width = images_BCHW.shape
+    padded = np.zeros((count, channels, height + 2 * padding, width + 2 * padding), np.uint8)
+    padded[:, :, padding : padding + height, padding : padding + width] = images_BCHW
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
+    return windows[np.arange(count), :, tops, lefts]

@@ -182,13 +182,14 @@ def samples_of(config: Config, data: Data) -> Samples:
             Blocks(ids, stream.blocks_of(ids), open_blocks=stream.open_blocks, seed=config.seed) for ids in parts
         ]
     elif config.sampling != "uniform":
-        return Resampled(split.ids, repeats(split.labels, len(data.classes), config.sampling), config.seed)
+        weights = repeats(split.labels, len(data.classes), config.sampling)
+        return Resampled(split.ids, weights, split.labels, config.seed)
     elif not config.mix_weights:
         return Shuffled(split.ids, config.seed)
     else:
         orders = [Shuffled(ids, config.seed) for ids in parts]
-    weights = config.mix_weights or [order.size for order in orders]
-    return Mixed(orders, weights, config.seed) if len(orders) > 1 else orders[0]
+    shares = config.mix_weights or [order.size for order in orders]
+    return Mixed(orders, shares, config.seed) if len(orders) > 1 else orders[0]
 
 
 def eval_loader(config: Config, split: Split, image_size: int, process: int = 0, processes: int = 1) -> OrderedLoader:

@@ -102,12 +102,12 @@ class Shuffled:
 class Resampled:
     """Samples by weight: one of weight w comes up w * size / sum times an epoch, rounded up or down by turns.
 
-    An epoch has as many samples as the weights sum up to. Systematic resampling (Kitagawa 1996): within an epoch the
-    counts of two samples of equal weight differ by one at most.
+    An epoch has as many samples as the weights sum up to. Systematic resampling (Kitagawa 1996), class by class: within
+    an epoch the counts of a sample and of a class are those of their weights, to one. classes: int64 [N].
     """
 
-    def __init__(self, ids: np.ndarray, weights: np.ndarray, seed: int):
-        self.ids, self.weights, self.seed = ids, weights, seed
+    def __init__(self, ids: np.ndarray, weights: np.ndarray, classes: np.ndarray, seed: int):
+        self.ids, self.weights, self.classes, self.seed = ids, weights, classes, seed
         self.size = max(1, round(float(weights.sum())))
         self._epoch, self._ids, self._passes = -1, ids, ids
 
@@ -118,6 +118,7 @@ class Resampled:
 
     def _resample(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         turn = permutation(mix(self.seed, Use.REPEAT), epoch, len(self.ids))
+        turn = turn[np.argsort(self.classes[turn], kind="stable")]
         ends = np.cumsum(self.weights[turn])
         first = mix(self.seed, Use.REPEAT, epoch) / 2.0**64
         picks = np.searchsorted(ends, (first + np.arange(self.size)) * (ends[-1] / self.size), side="right")

@@ -187,14 +187,17 @@ def is_remote(path: str) -> bool:
 
 
 def open_file(path: str) -> Any:
+    """A file that reads what is asked for and nothing ahead."""
     import fsspec
 
+    options: dict[str, Any] = {}
     if path.startswith(("http://", "https://")):
         import aiohttp
 
-        silent = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=30)  # seconds; else it waits 5 minutes
-        return fsspec.open(path, "rb", client_kwargs={"timeout": silent}).open()
-    return fsspec.open(path, "rb").open()
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=30)  # seconds; else it waits 5 minutes
+        options = {"client_kwargs": {"timeout": timeout}}
+    files, inner = fsspec.core.url_to_fs(path, **options)
+    return files.open(inner, "rb", cache_type="none") if is_remote(path) else files.open(inner, "rb")
 
 
 class SourceReader:

@@ -1,4 +1,4 @@
-"""A local stand-in for the Hugging Face hub, as far as pushing and loading a model goes.
+"""A local stand-in for the Hugging Face hub, as far as pushing and loading a model and streaming a dataset goes.
 
 `HubServer` serves on a free port of this machine. Every file is taken within the commit ("regular" upload).
 """
@@ -12,13 +12,14 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlparse
+from urllib.parse import parse_qs, unquote, urlparse
 
 TOKEN = "hf_test"
 
 
 class HubServer(ThreadingHTTPServer):
-    """`with HubServer() as hub:` - hub.url for HF_ENDPOINT, hub.repositories[name][path] for what was pushed."""
+    """`with HubServer() as hub:` - hub.url for HF_ENDPOINT, hub.repositories[name][path] for what was pushed;
+    datasets are repositories called datasets/name."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -70,6 +71,8 @@ class Handler(BaseHTTPRequestHandler):
     def handle_request(self) -> None:
         path, body = unquote(urlparse(self.path).path), self.body()
         repositories = self.server.repositories
+        if path.startswith(("/api/datasets/", "/datasets/")):
+            return self.dataset_request(path.removeprefix("/api").removeprefix("/"), body)
         if self.command == "POST" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.refuse(401, "Unauthorized")
         if path == "/api/validate-yaml":
@@ -111,6 +114,36 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in repositories[found[1]]]
             return self.answer(200, {"id": found[1], "sha": self.revision(found[1]), "siblings": siblings, "tags": []})
         return self.refuse(404, "RepoNotFound")
+
+    def dataset_request(self, path: str, body: bytes) -> None:
+        """Listing files, their sizes, and ranges of them."""
+        found = re.fullmatch(r"(datasets/[^/]+/[^/]+)(?:/(revision|tree|paths-info|resolve)/([^/]+)(?:/(.*))?)?", path)
+        if not found or found[1] not in self.server.repositories:
+            return self.refuse(404, "RepoNotFound")
+        name, verb, _, file = found.groups()
+        files = self.server.repositories[name]
+        if verb == "resolve":
+            if file not in files:
+                return self.refuse(404, "EntryNotFound")
+            headers = {"ETag": f'"{hashlib.sha1(files[file]).hexdigest()}"', "X-Repo-Commit": self.revision(name)}
+            if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+                begin, size = int(wanted[1]), len(files[file])
+                end = min(int(wanted[2] or size), size - 1)
+                headers |= {"Content-Range": f"bytes {begin}-{end}/{size}"}
+                return self.answer(206, files[file][begin : end + 1], headers)
+            return self.answer(200, files[file], headers)
+        entries = [
+            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for path, content in files.items()
+        ]
+        if verb == "tree":
+            return self.answer(200, entries) if not file else self.refuse(404, "EntryNotFound")  # no folders
+        if verb == "paths-info":
+            wanted_paths = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode()).get("paths", [])
+            return self.answer(200, [entry for entry in entries if entry["path"] in wanted_paths])
+        siblings = [{"rfilename": path} for path in files]
+        sha = self.revision(name)
+        return self.answer(200, {"id": name.removeprefix("datasets/"), "sha": sha, "siblings": siblings, "tags": []})
 
     def revision(self, name: str) -> str:
         return hashlib.sha1(repr(sorted(self.server.repositories[name].items())).encode()).hexdigest()

@@ -120,7 +120,7 @@ def noise(number: int) -> bytes:
     generator = np.random.default_rng(number)
     coarse = Image.fromarray(generator.integers(0, 256, (24, 32, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC)).astype(np.int16)
-    fine = np.clip(smooth + generator.normal(0, 9, smooth.shape[:2])[..., None], 0, 255)
+    fine = np.clip(smooth + generator.normal(0, 4, smooth.shape[:2])[..., None], 0, 255)
     return jpeg(Image.fromarray(fine.astype(np.uint8)))
 
 
