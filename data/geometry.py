@@ -73,7 +73,8 @@ def random_box(key: int, height: int, width: int) -> Box:
 
 
 class Geometry(NamedTuple):
-    """The geometric part of a transform: `plan` says what to decode, `move` what is done to the square after it."""
+    """The geometric part of a transform: `plan` says what to decode; then a random crop is turned, a whole picture
+    moved."""
 
     cut: Literal["whole", "centre", "random"]
     size: int  # side of the square that comes out, pixels
@@ -88,10 +89,12 @@ class Geometry(NamedTuple):
 
         return choose
 
+    def turn(self, image_CHW: torch.Tensor, key: int) -> torch.Tensor:
+        """Flip one picture by its key, right after its cut, while it is in the processor's cache."""
+        return image_CHW.flip(2) if self.flip and uniform(key, FLIP) < 0.5 else image_CHW
+
     def move(self, images_BCHW: torch.Tensor, keys: np.ndarray) -> torch.Tensor:
-        """Shift and flip squares, each by its key; may change its input."""
-        if not self.padding and not self.flip:
-            return images_BCHW
+        """Shift and flip a batch of squares, each by its key; may change its input."""
         pixels = images_BCHW.numpy()
         if self.padding:
             reach = 2 * self.padding + 1

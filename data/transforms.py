@@ -31,7 +31,8 @@ class Transform:
     def cut(self, picture: bytes | torch.Tensor, key: int, channels: int) -> torch.Tensor:
         """One picture as a square, uint8 [C, S, S]. Raises DataError where it cannot be decoded."""
         plan = self.geometry.plan(key)
-        return decode(picture, "", channels, plan) if isinstance(picture, bytes) else crop_resized(picture, plan)
+        image_CHW = decode(picture, "", channels, plan) if isinstance(picture, bytes) else crop_resized(picture, plan)
+        return self.geometry.turn(image_CHW, key) if self.geometry.cut == "random" else image_CHW
 
     def cut_all(self, images_BCHW: torch.Tensor) -> torch.Tensor | None:
         """The same for pictures of one size at once; None where each has a cut of its own."""
@@ -43,8 +44,9 @@ class Transform:
         return vision.resize(images_BCHW, size, antialias=True)
 
     def augment(self, images_BCHW: torch.Tensor, labels: np.ndarray, keys: np.ndarray) -> torch.Tensor:
-        """Shift, flip and policy, each sample by its key; may change its input."""
-        images_BCHW = self.geometry.move(images_BCHW, keys)
+        """What follows the cut, each sample by its key; may change its input."""
+        if self.geometry.cut == "whole":
+            images_BCHW = self.geometry.move(images_BCHW, keys)
         if self.policy is None and self.rare_policy is None:
             return images_BCHW
         with generator_kept():
