@@ -63,7 +63,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def black(shape: tuple[int, ...]) -> torch.Tensor:
-    """uint8 zeros; in a loader process in shared memory at once, as torch's collate does: sending then copies nothing."""
+    """uint8 zeros; in a loader process in shared memory at once, as in torch's collate: sending it copies nothing."""
     if torch.utils.data.get_worker_info() is None:
         return torch.zeros(shape, dtype=torch.uint8)
     shared = torch.UntypedStorage._new_shared(math.prod(shape))

@@ -54,7 +54,7 @@ class Stream:
 
     def __init__(self, reader: Reader, open_blocks: int, channels: int | None = None):
         self.reader, self.open_blocks, self.classes = reader, open_blocks, reader.classes
-        self.threads = ThreadPoolExecutor(READERS, thread_name_prefix="blocks")
+        self.threads = ThreadPoolExecutor(READERS)
         self.blocks: OrderedDict[int, Future[Block]] = OrderedDict()
         self.channels = channels or channels_of_first(self, range(reader.size))  # type: ignore[arg-type]
 
@@ -80,12 +80,13 @@ class Stream:
 
     def rows(self, ids: np.ndarray) -> Rows:
         blocks, rows = self.reader.locate(ids)
-        missing = [block for block in dict.fromkeys(blocks.tolist()) if block not in self.blocks]
-        self.fetch_ahead(missing)
+        needed = list(dict.fromkeys(blocks.tolist()))
+        self.fetch_ahead(needed)
         try:
-            opened = {block: self.blocks[block].result() for block in set(blocks.tolist())}
+            opened = {block: self.blocks[block].result() for block in needed}
         except DataError:
             self.threads.shutdown(wait=False, cancel_futures=True)  # else leaving would wait for their patience
+            self.threads, self.blocks = ThreadPoolExecutor(READERS), OrderedDict()
             raise
         pairs = [(opened[block], row) for block, row in zip(blocks.tolist(), rows.tolist())]
         return Rows(

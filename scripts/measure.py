@@ -32,9 +32,10 @@ def measure(config: Config, weights: str, part: str) -> dict[str, float] | None:
     bad = trainer.gather_lines([one._asdict() for one in loader.bad])
     if not accelerator.is_main_process:
         return None
-    for one in bad[:10]:
-        print(f"left out  {one['source']}: {one['reason']}")
-    return metrics | ({"samples": len(split) - len(bad)} if split.counted else {})
+    reasons = {one["source"]: one["reason"] for one in bad}
+    for source, reason in list(reasons.items())[:10]:
+        print(f"left out  {source}: {reason}")
+    return metrics | ({"samples": len(split) - len(reasons)} if split.counted else {})
 
 
 def open_split(config: Config, model: models.BaseModel, part: str) -> Split:

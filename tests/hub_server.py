@@ -139,7 +139,9 @@ class Handler(BaseHTTPRequestHandler):
         if verb == "tree":
             return self.answer(200, entries) if not file else self.refuse(404, "EntryNotFound")  # no folders
         if verb == "paths-info":
-            wanted_paths = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode()).get("paths", [])
+            wanted_paths = (
+                json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode()).get("paths", [])
+            )
             return self.answer(200, [entry for entry in entries if entry["path"] in wanted_paths])
         siblings = [{"rfilename": path} for path in files]
         sha = self.revision(name)

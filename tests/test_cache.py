@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from configs.errors import DataError
-from data import cache
+from data import cache, cache_writer
 from data.cache import CachedPictures, CachedSquares, Where, cache_root, cached
 from data.decode import decode
 from data.geometry import whole
@@ -162,8 +162,8 @@ def test_source_in_memory_is_returned_as_it_is():
 
 
 def test_pictures_of_many_threads_all_arrive(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cache, "LIGHT_BYTES", 0)
-    monkeypatch.setattr(cache, "CHUNK", 2)
+    monkeypatch.setattr(cache_writer, "LIGHT_BYTES", 0)
+    monkeypatch.setattr(cache_writer, "CHUNK", 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
     source = Pictures([encoded(80 + number, 200, number) for number in range(40)])
     pictures = cached(source, 70, where="disk")

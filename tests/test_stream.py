@@ -31,6 +31,7 @@ from data.loader import eval_loader, train_loader
 from data.sequential import Part, SequentialEvalOrder, SequentialStream, SequentialTrainOrder
 from data.stream import SourceReader, Stream
 from tests.conftest import ROOT, SHARED_DATA, lines_of, run_script
+from tests.hub_server import HubServer
 
 Batch = dict[str, torch.Tensor]
 
@@ -363,33 +364,82 @@ def test_the_end_of_an_epoch_is_not_slept_through(parquet_folder, monkeypatch):
     assert sum(slept) < 1
 
 
+def test_memory_stays_flat_over_ten_epochs(parquet_folder):
+    code = f"""
+import resource
+from configs.arguments import make_config
+from data.dataset import load_data
+from data.loader import train_loader
+
+config = make_config(dataset={str(parquet_folder)!r}, streaming=True, batch_size=16, num_workers=0, split=(0.8, 0.2, 0))
+loader = train_loader(config, load_data(config))
+peaks = []
+for epoch in range(10):
+    loader.set_position(epoch, 0)
+    assert sum(len(batch["ids"]) for batch in loader) >= 64
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(peaks[1], peaks[-1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    second, last = map(int, done.stdout.split())
+    assert last - second < 50, "MB"
+
+
+def test_a_dataset_of_the_hub_is_streamed_by_ranges(parquet_folder, tmp_path):
+    """A local stand-in for the hub, the real client, a fresh process."""
+    with HubServer() as hub:
+        files = {file.name: file.read_bytes() for file in sorted(parquet_folder.iterdir())}
+        hub.repositories["datasets/tester/greys"] = files
+        flags = [
+            "--streaming",
+            "--max_steps",
+            "6",
+            "--batch_size",
+            "8",
+            "--trace_samples",
+            "--split",
+            "0.8",
+            "0.2",
+            "0",
+        ]
+        flags += ["--output_dir", str(tmp_path), "--experiment_name"]
+        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        run_script("train.py", "--dataset", "tester/greys", *flags, "hub", env=env)
+    run_script("train.py", "--dataset", parquet_folder, *flags, "local")
+    for file in ("samples.jsonl", "best/model.safetensors"):
+        assert (tmp_path / "hub" / file).read_bytes() == (tmp_path / "local" / file).read_bytes()
+    assert lines_of(tmp_path / "hub") == lines_of(tmp_path / "local")
+
+
 # ---- whole runs, in fresh processes -----------------------------------------------------------------------------
 
 
-def test_a_streamed_run_resumes_exactly_on_other_processes_and_workers(tmp_path):
-    """Sample ids of every step and the losses; at one micro-batch size the pixels and weights follow."""
+@pytest.mark.parametrize(
+    "sessions",  # (processes, workers, the step each ends at)
+    [
+        [(1, 2, 20), (2, 1, 45), (1, 0, 60)],
+        pytest.param([(1, 4, 10), (4, 0, 25), (2, 2, 40), (4, 1, 50), (1, 0, 60)], marks=pytest.mark.long),
+    ],
+)
+def test_a_streamed_run_resumes_exactly_on_other_processes_and_workers(tmp_path, sessions):
+    """Sample ids of every step and the losses; at one micro-batch size pixels and weights follow."""
     flags = (
         "--streaming --max_steps 60 --batch_size 32 --micro_batch_size 8 --shuffle_buffer 300 --log_every 1 "
         "--augment trivialaugment --cpu_threads 1 --trace_samples"
     ).split()
     common = [*flags, "--output_dir", tmp_path, "--experiment_name"]
     run_script("train.py", *common, "one", "--num_workers", "0")
-    run_script("train.py", *common, "parts", "--num_workers", "2", "--stop_after_steps", "20", rc=75)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "scripts/train.py",
-    ]
-    two = [*command, *map(str, common), "parts", "--num_workers", "1", "--stop_after_steps", "25"]
-    subprocess.run(two, cwd=ROOT, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, capture_output=True)
-    assert json.loads((tmp_path / "parts" / "env.json").read_text())["processes"] == 2
-    assert json.loads((tmp_path / "parts" / "status.json").read_text())["step"] == 45
-    run_script("train.py", *common, "parts", "--num_workers", "0")
+    done = 0
+    for processes, workers, end in sessions:
+        more = ["parts", "--num_workers", str(workers), "--stop_after_steps", str(end - done)]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [*torchrun, "scripts/train.py", *map(str, common), *more]
+        subprocess.run(command, cwd=ROOT, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, capture_output=True)
+        assert json.loads((tmp_path / "parts" / "env.json").read_text())["processes"] == processes
+        assert json.loads((tmp_path / "parts" / "status.json").read_text())["step"] == end
+        done = end
     assert (tmp_path / "one" / "samples.jsonl").read_text() == (tmp_path / "parts" / "samples.jsonl").read_text()
     one, parts = (lines_of(tmp_path / name, "train") for name in ("one", "parts"))
-    assert [line["loss"] for line in one[:20]] == [line["loss"] for line in parts[:20]]
+    first = sessions[0][2]
+    assert [line["loss"] for line in one[:first]] == [line["loss"] for line in parts[:first]]
     assert [line["loss"] for line in parts] == pytest.approx([line["loss"] for line in one], rel=1e-3)

@@ -414,6 +414,7 @@ class BaseTrainer(ABC):
     def open_run(self) -> None:
         config = self.config
         self.run.set_back(self.state.step)
+        self.accelerator.wait_for_everyone()  # all read what the main process has left of it
         self.bad_samples.remember()
         if self.is_main:
             for line in checkpoint.set_aside(self.run.checkpoints, self.state.step):

@@ -1,10 +1,11 @@
 """Batches of CIFAR-10 from `--cache ram` against loops as they are written: python tests/benchmarks/cached.py
 
 Batches of 256, shuffled, random crop with a padding of 4, horizontal flip; no model. `samples` is the usual pipeline:
-a Hugging Face dataset with torchvision transforms, two loader processes, normalised floats. `by hand` is a batched loop
-in torch: all images in memory as uint8, padded once, a batch gathered at once. `windows` is the fastest one we know, in
-numpy. `ours` is the train loader of a run. All three deliver uint8. Epochs are interleaved in one process after one to warm up; building the cache, opening the datasets and
-starting the processes are not counted. Only ratios of one run mean something.
+a Hugging Face dataset with torchvision transforms, two loader processes, normalised floats. `by hand` is a batched
+loop in torch: all images in memory as uint8, padded once, a batch gathered at once. `windows` is the fastest one we
+know, in numpy. `ours` is the train loader of a run. All three deliver uint8. Epochs are interleaved in one process
+after one to warm up; building the cache, opening the datasets and starting the processes are not counted. Only ratios
+of one run mean something.
 
 Generated pictures where ../shared/data/cifar10 is missing.
 """
