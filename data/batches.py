@@ -25,40 +25,52 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, draw: Draw) -> dict[str, Any]:
         """images_BCHW uint8, labels int64 [B], ids int64 [B]; `faults` [(slot, reason)] where samples are bad."""
-        labels = draw.rows.labels if draw.rows is not None else self.source.labels[draw.ids]  # type: ignore[union-attr]
-        faults: list[tuple[int, str]] = []
-        images_BCHW = self.cut(draw, labels, faults)
-        if faults and len(labels):
-            labels = np.where((labels < 0) | (labels >= self.num_classes), 0, labels)
-        batch = {
+        labels, faults = self.labels(draw), dict[int, str]()
+        images_BCHW = self.squares_at_once(draw, faults)
+        if images_BCHW is None:
+            images_BCHW = self.squares(draw, labels, faults)
+        for slot in faults:
+            labels[slot] = 0  # of a sample that will be replaced or left out
+        batch: dict[str, Any] = {
             "images_BCHW": self.transform.augment(images_BCHW, labels, draw.keys),
             "labels": torch.from_numpy(labels),
             "ids": torch.from_numpy(draw.ids),
         }
         if faults:
-            batch["faults"] = faults  # type: ignore[assignment]
+            batch["faults"] = list(faults.items())
         return batch if draw.counts else batch | {"valid": torch.zeros(len(draw.ids), dtype=torch.bool)}
 
-    def cut(self, draw: Draw, labels: np.ndarray, faults: list[tuple[int, str]]) -> torch.Tensor:
-        """Squares, uint8 [B, C, S, S]; a bad sample is black and among the faults."""
-        if isinstance(self.source, TensorSource) and draw.rows is None:
-            images_BCHW = self.transform.cut_all(taken(self.source.images_NCHW, draw.ids))
-            if images_BCHW is not None:
-                bad = self.source.bad
-                faults += (
-                    [(slot, bad[place]) for slot, place in enumerate(draw.ids.tolist()) if place in bad] if bad else []
-                )
-                return images_BCHW
+    def labels(self, draw: Draw) -> np.ndarray:
+        if draw.rows is not None:
+            return draw.rows.labels
+        assert self.source is not None, "what is not streamed has a source"
+        return self.source.labels[draw.ids]
+
+    def picture(self, draw: Draw, slot: int) -> bytes | torch.Tensor:
+        if draw.rows is not None:
+            return draw.rows.pictures[slot]
+        assert self.source is not None
+        return self.source.read(int(draw.ids[slot]))
+
+    def squares_at_once(self, draw: Draw, faults: dict[int, str]) -> torch.Tensor | None:
+        """uint8 [B, C, S, S] of images in memory that are all cut alike; None for any other."""
+        if not isinstance(self.source, TensorSource):
+            return None
+        bad = self.source.bad
+        faults |= {slot: bad[place] for slot, place in enumerate(draw.ids.tolist()) if place in bad} if bad else {}
+        return self.transform.cut_all(taken(self.source.images_NCHW, draw.ids))
+
+    def squares(self, draw: Draw, labels: np.ndarray, faults: dict[int, str]) -> torch.Tensor:
+        """uint8 [B, C, S, S], one after the other; a bad sample is black and among the faults."""
         size = self.transform.geometry.size
         images_BCHW = black((len(draw.ids), self.channels, size, size))
-        for slot, (place, key) in enumerate(zip(draw.ids.tolist(), draw.keys.tolist())):
+        for slot, key in enumerate(draw.keys.tolist()):
             try:
                 if not 0 <= labels[slot] < self.num_classes:
                     raise DataError(f"label {labels[slot]}: the classes are numbered 0 to {self.num_classes - 1}")
-                picture = draw.rows.pictures[slot] if draw.rows is not None else self.source.read(place)  # type: ignore[union-attr]
-                images_BCHW[slot] = self.transform.cut(picture, key, self.channels)
+                images_BCHW[slot] = self.transform.cut(self.picture(draw, slot), key, self.channels)
             except DataError as error:
-                faults.append((slot, error.what))
+                faults[slot] = error.what
         return images_BCHW
 
 

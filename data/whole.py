@@ -71,6 +71,9 @@ def cut_missing_splits(splits: dict[str, Split], config: Config) -> dict[str, Sp
 
 def joined(sources: Sequence[Source]) -> Source:
     """Several sources as one; images of one size in memory stay so."""
+    if any(source.in_memory and source.channels != sources[0].channels for source in sources):
+        channels = " and ".join(str(source.channels) for source in sources)
+        raise ConfigError(f"datasets of {channels} channels in memory cannot be mixed")
     tensors = [source for source in sources if isinstance(source, TensorSource)]
     if len(tensors) < len(sources) or len({source.images_NCHW.shape[1:] for source in tensors}) > 1:
         return JoinedSource(sources)

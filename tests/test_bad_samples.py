@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +19,12 @@ from configs.arguments import make_config
 from configs.errors import DataError
 from data.dataset import load_data
 from data.loader import eval_loader, train_loader
-from data.sources import Source
+from data.sources import Source, TensorSource
 from data.split import Split
 from tests.conftest import ROOT, lines_of, run_script
+from tests.tiny import tiny_batches, tiny_trainer
+from trainer.bad_samples import BadSamples
+from trainer.run_folder import RunFolder
 
 SIZE = 12
 
@@ -178,3 +182,131 @@ def test_too_many_bad_samples_stop_a_run_with_the_list(tmp_path, folder):
     assert json.loads((run / "status.json").read_text())["state"] == "failed"
     run_script("train.py", *flags, "--max_bad_fraction", "0.03")  # the same run, allowed more
     assert json.loads((run / "status.json").read_text())["state"] == "done"
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_sample_whose_label_is_no_class_is_bad(label):
+    order = [row[0] for row in drawn(loader(set()))]
+    ours = loader(set())
+    ours.dataset.source.labels[order[3]] = label
+    assert drawn(ours) == [(i, 10 * i, i % 2) for i in (*order[:3], order[4], *order[4:])]
+    assert [(one.id, one.reason) for one in ours.bad] == [(order[3], f"label {label}: the classes are numbered 0 to 1")]
+
+
+def test_an_epoch_that_was_broken_off_changes_nothing_in_the_next():
+    order = [row[0] for row in drawn(loader(set()))]
+    ours = loader({order[5]}, num_workers=2)  # they are ahead when it is broken off
+    ours.set_position(1, 0)
+    next(iter(ours))
+    assert [row[0] for row in drawn(ours)] == [*order[:5], order[6], *order[6:]]
+
+
+def line(number: int, step: int = 1) -> dict:
+    return {"split": "train", "step": step, "id": number, "source": f"{number}.png", "reason": "broken"}
+
+
+def met(*ids: int, size: int | None = 100) -> SimpleNamespace:
+    """A loader that met these bad samples."""
+    return SimpleNamespace(bad=[(number, f"{number}.png", "broken") for number in ids], size=size)
+
+
+def bad_samples(tmp_path, max_fraction: float, others: tuple[dict, ...] = ()) -> BadSamples:
+    return BadSamples(RunFolder(tmp_path), max_fraction, lambda lines: [*lines, *others])
+
+
+def test_bad_samples_may_reach_the_limit_of_their_own_split(tmp_path):
+    bad = bad_samples(tmp_path, 0.02)
+    bad.collect("train", met(1, 2), 1)
+    bad.collect("val", met(1, size=50), 1)
+    bad.share(32)
+    bad.collect("train", met(3), 2)
+    with pytest.raises(DataError, match="3 of 100 train samples cannot be used"):
+        bad.share(64)
+
+
+def test_the_limit_of_an_uncounted_stream_follows_what_was_seen_from_a_thousand_on(tmp_path):
+    bad = bad_samples(tmp_path, 0.01)
+    bad.collect("train", met(*range(10), size=None), 1)
+    bad.share(32)
+    bad.collect("train", met(*range(10, 20), size=None), 1)
+    bad.share(2000)
+    bad.collect("train", met(20, size=None), 1)
+    with pytest.raises(DataError, match="21 of 2,000 train samples"):
+        bad.share(2000)
+
+
+def test_bad_samples_of_all_processes_are_written_once_in_order(tmp_path):
+    bad = bad_samples(tmp_path, 1.0, others=(line(9, step=1), line(4, step=1), line(7, step=3)))
+    bad.collect("train", met(7, 5, 7), 3)
+    for _ in range(2):
+        bad.share(0)
+    written = [json.loads(text) for text in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    assert written == [line(4, 1), line(9, 1), line(5, 3), line(7, 3)]
+
+
+class Reporting:
+    """A loader of these batches, which meets bad samples in the batch of this number."""
+
+    def __init__(self, batches: list, number: int, *found: int, size: int | None = 100):
+        self.batches, self.number, self.found, self.size = batches, number, found, size
+        self.bad: list[tuple[int, str, str]] = []
+        self.steps_per_epoch = len(batches)
+
+    def set_position(self, epoch: int, step_in_epoch: int) -> None:
+        self.first = step_in_epoch
+
+    def __iter__(self):
+        for number in range(self.first, len(self.batches)):
+            if number == self.number:
+                self.bad += [(place, f"{place}.png", "broken") for place in self.found]
+            yield self.batches[number]
+
+
+def written(folder) -> list[tuple[str, int, int]]:
+    lines = [json.loads(text) for text in (folder / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    return [(line["split"], line["step"], line["id"]) for line in lines]
+
+
+def test_bad_samples_between_log_lines_and_of_validation_are_written_with_their_step(tmp_path):
+    train = Reporting(tiny_batches([6] * 4), 1, 7)
+    val = Reporting(tiny_batches([6]), 0, 7)
+    val.set_position(0, 0)
+    tiny_trainer(tmp_path, train, val, experiment_name="run", batch_size=6, log_every=100).train()
+    assert written(tmp_path) == [("train", 2, 7), ("val", 4, 7)]
+
+
+def test_a_bad_sample_of_a_step_that_is_done_again_is_written_again(tmp_path):
+    options = {"experiment_name": "run", "batch_size": 6, "epochs": 2}
+    batches = tiny_batches([6] * 4)
+    tiny_trainer(tmp_path, batches, stop_after_steps=2, **options).train()
+    (tmp_path / "run" / "bad_samples.jsonl").write_text(json.dumps(line(7, step=3)) + "\n")  # then it was killed
+    tiny_trainer(tmp_path, Reporting(batches, 2, 7), **options).train()
+    assert written(tmp_path) == [("train", 3, 7)]
+
+
+def test_the_samples_seen_are_those_of_all_steps(tmp_path):
+    train = Reporting(tiny_batches([500] * 4), 3, *range(15), size=None)
+    tiny_trainer(tmp_path, train, experiment_name="run", batch_size=500, monitor="loss").train()
+    assert len(written(tmp_path)) == 15  # of 2000; of the first 1000 they were too many
+
+
+def test_stand_ins_that_are_bad_are_noted_too_and_the_search_ends_after_twenty():
+    order = [row[0] for row in drawn(loader(set()))]
+    ours = loader({order[11], order[0]})
+    assert [row[0] for row in drawn(ours, step=2)] == [*order[8:11], order[1]]
+    assert [one.id for one in ours.bad] == [order[11], order[0]]
+    ours = loader(set(range(SIZE)))
+    with pytest.raises(DataError, match="21 samples in a row"):
+        drawn(ours)
+    assert len(ours.bad) == 21
+
+
+def test_bad_pictures_among_those_in_memory_are_replaced():
+    order = [row[0] for row in drawn(loader(set()))]
+    ours = loader(set())
+    source = ours.dataset.source
+    pixels = torch.stack([torch.full((1, 8, 8), 10 * place, dtype=torch.uint8) for place in range(SIZE)])
+    ours.dataset.source = TensorSource(pixels, source.labels, ["a", "b"])
+    ours.dataset.source.bad = {order[3]: "it was cut off"}
+    assert drawn(ours) == [(i, 10 * i, i % 2) for i in (*order[:3], order[4], *order[4:])]
+    assert [(one.id, one.reason) for one in ours.bad] == [(order[3], "it was cut off")]

@@ -13,6 +13,9 @@ from configs.errors import ConfigError, DataError
 from data.balance import effective_counts, rare_classes, repeats
 from data.dataset import load_data
 from data.loader import train_loader
+from data.sources import TensorSource
+from data.split import Split, with_more
+from data.whole import joined
 from tests.conftest import run_script
 
 COUNTS = (80, 20, 5)
@@ -123,3 +126,14 @@ def test_the_summary_tells_effective_counts_and_copies_between_splits(uneven, tm
     assert "balanced: bright 4 come 28 times, dark 64 come 28 times an epoch of 84" in said
     assert "randaugment for 1 rare classes: bright" in said
     assert "exact cop" in said  # the 50 shades of the 80 dark pictures repeat
+
+
+def test_three_datasets_lie_one_after_the_other():
+    one, two, three = (
+        TensorSource(torch.full((size, 1, 2, 2), size, dtype=torch.uint8), np.arange(size) % 2, ["a", "b"])
+        for size in (4, 6, 8)
+    )
+    split = with_more(Split(one, np.array([0, 2, 3])), joined([one, two, three]), [6, 8])
+    assert (split.ids.tolist(), split.cuts) == ([0, 2, 3, *range(4, 18)], (0, 3, 9))
+    begins = [split.ids[cut] for cut in split.cuts]
+    assert [int(split.source.read(place)[0, 0, 0]) for place in begins] == [4, 6, 8]

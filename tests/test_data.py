@@ -12,10 +12,15 @@ from sklearn.datasets import load_digits as scikit_digits
 from configs.arguments import make_config
 from configs.dataset_info import DATASETS, IMAGENET_MEAN, find_dataset_info
 from configs.errors import ConfigError, DataError
+from data.batches import ImageDataset
 from data.dataset import check_labels, load_data
 from data.decode import decode
 from data.embedded import load_digits
+from data.geometry import Box, Geometry, centre, random_box
 from data.loader import eval_loader, train_loader
+from data.order import Draw, Rows, mix_ids
+from data.stream import encoded
+from data.transforms import Transform
 
 
 def test_the_embedded_digits_are_those_of_scikit_learn():
@@ -195,3 +200,72 @@ def test_a_folder_that_only_bears_the_name_of_a_known_dataset_takes_nothing_from
     table.save_to_disk(tmp_path / "cifar10")
     data = load_data(make_config(dataset=str(tmp_path / "cifar10")))
     assert (data.image_size, data.info.mean) == (40, IMAGENET_MEAN)
+
+
+def test_small_pictures_are_shifted_as_far_as_padded_and_half_of_them_flipped():
+    count = 18_000
+    pixels = torch.zeros(count, 1, 4, 4, dtype=torch.uint8)
+    pixels[:, :, 1, 1] = 1
+    moved = Geometry("whole", 4, padding=1, flip=True).move(pixels, mix_ids(0, ids=np.arange(count)))
+    # rows 0 to 2 alike; columns 0 to 2 alike, or 3 to 1 where flipped
+    shares = np.outer([1 / 3, 1 / 3, 1 / 3, 0], [1 / 6, 1 / 3, 1 / 3, 1 / 6])
+    assert moved[:, 0].float().mean(0).numpy() == pytest.approx(shares, abs=0.01)
+
+
+def test_small_pictures_in_memory_and_in_files_are_augmented_alike():
+    digits = load_digits()
+    dataset = ImageDataset(digits, Transform(Geometry("whole", 8, padding=1, flip=True)), num_classes=10, channels=1)
+    draw = Draw(np.arange(50), mix_ids(0, ids=np.arange(50)))
+    rows = Rows([encoded(digits, place) for place in range(50)], digits.labels[:50])
+    memory, files = (dataset.__getitems__(one)["images_BCHW"] for one in (draw, draw._replace(rows=rows)))
+    assert torch.equal(memory, files)
+
+
+def test_random_crops_cover_the_picture_and_half_of_them_are_flipped():
+    keys = mix_ids(0, ids=np.arange(4000)).tolist()
+    boxes = np.array([random_box(key, 100, 100) for key in keys])
+    areas, aspects = boxes[:, 2] * boxes[:, 3] / 1e4, boxes[:, 3] / boxes[:, 2]
+    assert 0.075 < areas.min() < 0.1 and areas.max() > 0.95
+    assert 0.7 < aspects.min() < 0.78 and 1.28 < aspects.max() < 1.43
+    tops = np.array([box[0] for box in (random_box(key, 12, 12) for key in keys) if box[2] == 11])
+    assert np.bincount(tops) / len(tops) == pytest.approx([0.5, 0.5], abs=0.1)
+    picture = torch.arange(100 * 100).reshape(1, 100, 100) % 251
+    transform = Transform(Geometry("random", 16, flip=True))
+    plain = Transform(Geometry("random", 16))
+    pairs = [[one.cut(picture.byte(), key, 1) for one in (transform, plain)] for key in keys[:400]]
+    flipped = [not torch.equal(ours, as_it_is) for ours, as_it_is in pairs]
+    assert np.mean(flipped) == pytest.approx(0.5, abs=0.1)
+    assert all(
+        torch.equal(ours, as_it_is.flip(2) if turned else as_it_is) for (ours, as_it_is), turned in zip(pairs, flipped)
+    )
+
+
+def test_a_picture_too_long_for_a_crop_gives_the_largest_of_an_allowed_aspect_from_its_middle():
+    assert random_box(1, 3, 400) == Box(0, 198, 3, 4)
+    assert random_box(1, 400, 3) == Box(198, 0, 4, 3)
+
+
+def test_evaluation_cuts_seven_eighths_from_the_middle():
+    assert centre(256, 300) == Box(16, 38, 224, 224)
+
+
+def test_digits_are_not_flipped_and_evaluation_leaves_pictures_as_they_are():
+    data = load_data(make_config())
+    assert not train_loader(make_config(num_workers=0), data).dataset.transform.geometry.flip
+    digits = load_digits().images_NCHW
+    for batch in eval_loader(make_config(num_workers=0), data.val, data.image_size):
+        assert torch.equal(batch["images_BCHW"], digits[batch["ids"]])
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
+def test_a_validation_split_that_is_given_is_validated_on(tmp_path, name):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    tables = {
+        part: datasets.Dataset.from_dict(
+            {"image": [Image.new("L", (4, 4))] * size, "label": [0, 1] * (size // 2)}, features=features
+        )
+        for part, size in (("train", 8), (name, 6), ("test", 4))
+    }
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "set")
+    data = load_data(make_config(dataset=str(tmp_path / "set")), test=True)
+    assert (len(data.train), len(data.val), len(data.test)) == (8, 6, 4)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -211,3 +212,43 @@ def test_micro_batches_are_of_about_one_size_and_even_for_pairs():
     for share in range(2, 300, 2):
         assert even_parts(share, 32) % 2 == 0
         assert share - even_parts(share, 32) * ((share - 1) // even_parts(share, 32)) > 1
+
+
+def test_a_spare_may_come_from_the_tail_that_fills_no_batch():
+    order = shuffled(10).take(0, 0, 10)[0].tolist()
+    *_, last = TrainOrder(shuffled(10), seed=0, batch_size=4, micro_batch_size=4)
+    assert [int(last.spare(3, attempt).ids[0]) for attempt in (1, 2, 3)] == [order[8], order[9], order[0]]
+
+
+def test_order_and_augmentation_follow_the_seed():
+    ids = np.arange(60)
+    for samples in (
+        lambda seed: Shuffled(ids, seed),
+        lambda seed: Blocks(ids, ids, open_blocks=1, seed=seed),  # the order of blocks alone
+        lambda seed: Blocks(ids, ids * 0, open_blocks=1, seed=seed),  # that of rows alone
+        lambda seed: Resampled(ids, np.ones(60), ids % 2, seed),
+    ):
+        one, other = (
+            next(iter(TrainOrder(samples(seed), seed=seed, batch_size=60, micro_batch_size=60))) for seed in (0, 1)
+        )
+        assert one.ids.tolist() != other.ids.tolist()
+        assert not set(one.keys.tolist()) & set(other.keys.tolist())
+
+
+def test_a_mixture_names_the_blocks_that_it_needs_in_every_epoch():
+    first = Blocks(np.arange(30), np.arange(30) // 5, open_blocks=1, seed=0)
+    second = Blocks(30 + np.arange(20), 6 + np.arange(20) // 5, open_blocks=1, seed=0)
+    samples = Mixed([first, second], [0.3, 0.7], seed=0)
+    for epoch in range(4):
+        ids, _ = samples.take(epoch, 0, samples.size)
+        for place, number in enumerate(ids.tolist()):
+            needed = samples.blocks_from(epoch, place)
+            assert len(needed) <= 4 and number // 5 in needed
+
+
+def test_resampling_rounds_by_turns_and_mixes_who_comes_together():
+    rare = Resampled(np.arange(3), np.array([0.4, 0.4, 1.2]), np.arange(3), seed=0)
+    drawn = np.concatenate([rare.take(epoch, 0, 2)[0] for epoch in range(400)])
+    assert np.bincount(drawn) / 400 == pytest.approx([0.4, 0.4, 1.2], abs=0.1)
+    halves = Resampled(np.arange(4), np.full(4, 0.5), np.zeros(4, np.int64), seed=0)
+    assert len({tuple(sorted(halves.take(epoch, 0, 2)[0].tolist())) for epoch in range(60)}) == 6  # pairs of four

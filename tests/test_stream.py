@@ -12,7 +12,9 @@ import threading
 import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -28,8 +30,9 @@ from configs.errors import ConfigError, DataError
 from data.dataset import load_data
 from data.embedded import load_digits
 from data.loader import eval_loader, train_loader
+from data.retry import patiently
 from data.sequential import Part, SequentialEvalOrder, SequentialStream, SequentialTrainOrder
-from data.stream import SourceReader, Stream
+from data.stream import JoinedReader, SourceReader, Stream
 from tests.conftest import ROOT, SHARED_DATA, lines_of, run_script
 from tests.hub_server import HubServer
 
@@ -72,13 +75,14 @@ def stream_config(**options):
     return make_config(**({"streaming": True, "batch_size": 16, "num_workers": 0, "shuffle_buffer": 32} | options))
 
 
-def test_the_streamed_digits_have_the_pixels_of_those_in_memory():
-    config = stream_config(epochs=1)
+@pytest.mark.parametrize("image_size", [8, 33, 100])
+def test_the_streamed_digits_have_the_pixels_of_those_in_memory(image_size):
+    config = stream_config(image_size=image_size)
     streamed, digits = load_data(config), load_digits()
     batch = read(train_loader(config, streamed))
     assert sorted(batch["ids"].tolist()) == sorted(set(batch["ids"].tolist()))
     assert torch.equal(batch["labels"], torch.from_numpy(digits.labels)[batch["ids"]])
-    whole = make_config(batch_size=16, num_workers=0, split=(1.0, 0.0, 0.0))
+    whole = make_config(batch_size=16, num_workers=0, split=(1.0, 0.0, 0.0), image_size=image_size)
     memory = read(train_loader(whole, load_data(whole)))
     place = {int(number): slot for slot, number in enumerate(memory["ids"])}
     both = [(slot, place[int(number)]) for slot, number in enumerate(batch["ids"]) if int(number) in place]
@@ -443,3 +447,130 @@ def test_a_streamed_run_resumes_exactly_on_other_processes_and_workers(tmp_path,
     first = sessions[0][2]
     assert [line["loss"] for line in one[:first]] == [line["loss"] for line in parts[:first]]
     assert [line["loss"] for line in parts] == pytest.approx([line["loss"] for line in one], rel=1e-3)
+
+
+def test_a_streamed_row_is_named_by_its_file_and_place(parquet_folder):
+    reader = load_data(stream_config(dataset=str(parquet_folder))).train.source.reader
+    for place, name in (
+        (9, "00000-of-00003.parquet, row 9"),
+        (50, "00001-of-00003.parquet, row 0"),
+        (89, "00002-of-00003.parquet, row 29"),
+    ):
+        assert reader.name(place).endswith(name)
+        assert JoinedReader([reader, reader]).name(90 + place) == reader.name(place)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_pass_over_a_stream_reads_every_block_once(training, monkeypatch):
+    config = stream_config(shuffle_buffer=64, split=(0.5, 0.5, 0.0))
+    opened = load_data(config)
+    loader = train_loader(config, opened) if training else eval_loader(config, opened.val, 8)
+    stream, blocks = opened.train.source, []
+    stream.blocks.clear()
+    plain = stream.reader.read
+    monkeypatch.setattr(stream.reader, "read", lambda block: (blocks.append(block), plain(block))[1])
+    list(loader)
+    assert sorted(blocks) == list(range(stream.reader.block_count))
+
+
+def test_a_streamed_row_without_a_picture_is_a_bad_sample(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    pictures = [{"bytes": png(number), "path": None} if number != 3 else None for number in range(16)]
+    table = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1] * 8}, features=features)
+    table.to_parquet(tmp_path / "train.parquet")
+    config = stream_config(dataset=str(tmp_path), split=(1.0, 0.0, 0.0))
+    loader = train_loader(config, load_data(config))
+    assert sorted(set(read(loader)["ids"].tolist())) == [number for number in range(16) if number != 3]
+    assert [one.id for one in loader.bad] == [3]
+
+
+def test_an_uncounted_stream_is_shuffled_by_seed_and_epoch(tar_files):
+    stream = sequential(tar_files)
+    files = [
+        [row.id for row in stream.rows(epoch, seed)] for seed, epoch in ((0, None), (0, 0), (0, 1), (0, 2), (1, 0))
+    ]
+    assert len(set(map(tuple, files))) > 2
+    orders = [
+        [row.id for chunk in stream.chunks(epoch, seed, None, 60) for row in chunk]  # one chunk: its order is all
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    ]
+    assert len(set(map(tuple, orders))) == 3
+    for order in orders:
+        assert sorted(order) == sorted(files[0])
+        assert abs(np.corrcoef(np.argsort(np.argsort(order)), np.arange(60))[0, 1]) < 0.4
+
+
+def test_a_spare_of_an_uncounted_stream_is_the_next_row_of_its_chunk_under_the_key_of_the_slot(tar_files):
+    stream = sequential(tar_files)
+    order = SequentialTrainOrder(stream, None, seed=0, batch_size=20, micro_batch_size=20, chunk_rows=20, max_steps=9)
+    draw, chunk = next(iter(order)), next(stream.chunks(0, 0, None, 20))
+    for slot in range(20):
+        spare, row = draw.spare(slot, 3), chunk[(slot + 3) % 20]
+        assert (spare.ids.tolist(), spare.rows.pictures) == ([row.id], [row.picture])
+        assert (spare.keys.tolist(), spare.rows.labels.tolist()) == ([draw.keys[slot]], [row.label])
+
+
+def test_a_break_in_an_uncounted_stream_loses_no_row_and_gives_none_twice(tar_files, monkeypatch):
+    monkeypatch.setattr(data.retry.time, "sleep", lambda seconds: None)
+    stream = sequential(tar_files)
+    expected, whole = list(stream.rows(None, 0)), stream.dataset
+    breaks = {0: [4, 7], 2: [0]}  # rows after which a file breaks off, each time it is opened
+
+    def shard(files: int, file: int):
+        rows = iter(whole.shard(files, file))
+        if breaks.get(file):
+            yield from islice(rows, breaks[file].pop(0))
+            raise OSError("connection reset")
+        yield from rows
+
+    stream.dataset, stream.remote = SimpleNamespace(shard=shard), True
+    assert list(stream.rows(None, 0)) == expected
+    assert breaks == {0: [], 2: []}
+
+
+def test_an_uncounted_stream_from_a_network_is_known_as_remote(tar_files):
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Faulty, directory=str(Path(tar_files[0]).parent))) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        Faulty.faults = {}
+        urls = tuple(f"http://127.0.0.1:{http.server_port}/{Path(file).name}" for file in tar_files)
+        options = {"max_steps": 3, "num_classes": 3, "split": (0.8, 0.2, 0.0)}
+        remote, local = (
+            load_data(stream_config(data_files=files, **options)).train for files in (urls, tuple(tar_files))
+        )
+        http.shutdown()
+    assert remote.source.remote and not local.source.remote
+
+
+def test_an_uncounted_stream_tells_its_channels_and_is_split_by_split_seed_alone(tar_files):
+    options = {"data_files": tuple(tar_files), "max_steps": 3, "num_classes": 3, "split": (0.6, 0.4, 0.0)}
+    ids = []
+    for seed, split in ((0, 0), (9, 0), (0, 1)):
+        opened = load_data(stream_config(seed=seed, split_seed=split, **options))
+        assert (opened.train.source.channels, opened.info.channels) == (1, 1)
+        ids.append([i for b in eval_loader(stream_config(**options), opened.val, 8) for i in b["ids"].tolist()])
+    assert ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.parametrize(("remote", "fault"), [(False, OSError("a broken disk")), (True, FileNotFoundError("gone"))])
+def test_what_waiting_does_not_mend_is_told_at_once(remote, fault, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr(data.retry.time, "sleep", waits.append)
+
+    def reading():
+        raise fault
+
+    with pytest.raises(DataError, match=str(fault)):
+        patiently(reading, "somewhere", remote=remote)
+    assert not waits
+
+
+def test_joined_readers_give_the_rows_of_each(parquet_folder):
+    digits = SourceReader(load_digits(), rows_per_block=64)
+    parts = [load_data(stream_config(dataset=str(parquet_folder))).train.source, Stream(digits, 4)]
+    joined = Stream(JoinedReader([part.reader for part in parts]), 4)
+    places = [(0, 3), (1, 5), (0, 89), (1, 1796), (0, 50)]
+    rows = joined.rows(np.array([90 * part + place for part, place in places]))
+    assert rows.pictures == [parts[part].read(place) for part, place in places]
+    assert rows.labels.tolist() == [int(parts[part].rows(np.array([place])).labels[0]) for part, place in places]
+    for part, place in places:
+        assert joined.name(90 * part + place) == parts[part].name(place)
