@@ -5,6 +5,7 @@ class UserError(Exception):
     """A fault with its place and its cure; scripts print it as one block, without a traceback."""
 
     exit_code = 1
+    of_one_process = False  # True: the other processes do not meet it, so that this one has to tell
 
     def __init__(self, what: str, *, where: str = "", fix: str = ""):
         super().__init__(what)

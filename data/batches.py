@@ -67,11 +67,17 @@ class ImageDataset(torch.utils.data.Dataset):
         for slot, key in enumerate(draw.keys.tolist()):
             try:
                 if not 0 <= labels[slot] < self.num_classes:
-                    raise DataError(f"label {labels[slot]}: the classes are numbered 0 to {self.num_classes - 1}")
+                    raise DataError(label_fault(int(labels[slot]), self.num_classes))
                 images_BCHW[slot] = self.transform.cut(self.picture(draw, slot), key, self.channels)
             except DataError as error:
                 faults[slot] = error.what
         return images_BCHW
+
+
+def label_fault(label: int, num_classes: int) -> str:
+    if label == -1:
+        return f"its label is missing, or none of the {num_classes} training classes"
+    return f"label {label}: the classes are numbered 0 to {num_classes - 1}"
 
 
 def black(shape: tuple[int, ...]) -> torch.Tensor:

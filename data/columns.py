@@ -34,27 +34,54 @@ def chosen_column(features: dict[str, Any], wanted: str | None, found: list[str]
             fix=f"--{kind}_column: {nearest(wanted, columns)} (of {', '.join(columns)})",
         )
     if not wanted and not found:
-        raise DataError(f"no {kind} column among {', '.join(columns)}", where=name, fix=f"name it with --{kind}_column")
+        typed = ", ".join(f"{column} ({str(feature).split('(')[0]})" for column, feature in features.items())
+        raise DataError(f"no {kind} column is marked as such among {typed}", where=name, fix=f"--{kind}_column NAME")
     return wanted or found[0]
 
 
 def values_of(dataset: Any, column: str) -> np.ndarray:
-    return np.asarray(dataset.select_columns([column]).with_format("numpy")[:][column])
+    return as_array(dataset.select_columns([column]).with_format("numpy")[:][column])
+
+
+def as_array(values: Any) -> np.ndarray:
+    """[N], of objects where the values are lists of several lengths."""
+    try:
+        return np.asarray(values)
+    except ValueError:
+        array = np.empty(len(values), object)
+        array[:] = values
+        return array
+
+
+def is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and float(value).is_integer()
 
 
 def classes_of(feature: Any, values: np.ndarray, column: str, name: str) -> list[str]:
     """Class names of a label column: its own, or the sorted distinct values."""
     if hasattr(feature, "names"):
         return list(feature.names)
-    if values.dtype.kind in "iu":
-        return [str(number) for number in range(int(values.max(initial=-1)) + 1)]
-    if values.dtype.kind in "OSU" and all(isinstance(value, str) for value in values.tolist()):
-        return sorted(set(values.tolist()))
-    raise DataError(
-        f"column {column!r} holds {feature}, no class labels",
-        where=name,
-        fix="name another one with --label_column",
-    )
+    known = [value for value in values.tolist() if not is_missing(value)]
+    if known and all(isinstance(value, str) for value in known):
+        return sorted(set(known))
+    if not known or not all(map(is_number, known)):
+        raise DataError(
+            f"column {column!r} holds {feature}, no class labels",
+            where=name,
+            fix="name another one with --label_column",
+        )
+    highest, distinct = int(max(known)), len(set(known))
+    if highest > 1000 + 100 * distinct:
+        raise DataError(
+            f"column {column!r} holds {distinct} different numbers up to {highest:,}: they do not number classes",
+            where=name,
+            fix="number the classes from 0 on, or name another column with --label_column",
+        )
+    return [str(number) for number in range(highest + 1)]
 
 
 def numbers_of(values: np.ndarray, classes: list[str], name: str, *, strict: bool = True) -> np.ndarray:
@@ -65,9 +92,9 @@ def numbers_of(values: np.ndarray, classes: list[str], name: str, *, strict: boo
     numbers = {name: number for number, name in enumerate(classes)}
     labels = []
     for value in values.tolist():
-        if value is None or value != value:
+        if is_missing(value):
             labels.append(-1)
-        elif isinstance(value, (int, float)) and value == int(value):
+        elif is_number(value):
             labels.append(int(value))
         elif str(value) in numbers or not strict:
             labels.append(numbers.get(str(value), -1))

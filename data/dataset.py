@@ -80,7 +80,7 @@ def with_cache(data: Data, config: Config, *, shown: bool) -> Data:
         return data
     from data.cache import cached  # its locks are those of Linux and macOS
 
-    sources = {id(split.source): split.source for split in (data.train, data.val) if split}
+    sources = {id(split.source): split.source for split in (data.train, data.val) if split is not None}
     stored = {key: cached(source, data.image_size, where=config.cache, shown=shown) for key, source in sources.items()}  # type: ignore[arg-type]
     train, val = (split and replace(split, source=stored[id(split.source)]) for split in (data.train, data.val))
     return replace(data, train=train, val=val)  # type: ignore[arg-type]

@@ -137,6 +137,9 @@ def open_stream(
     kinds = {kind.__name__ for kind in type(builder).__mro__}
     files = {str(part): [str(file) for file in found] for part, found in (builder.config.data_files or {}).items()}
     parts = {part: found for part, found in named(files or {"train": []}, name).items() if test or part != "test"}
+    for part, found in parts.items():
+        if not found:
+            raise DataError(f"no file of the {part} split was found", where=name, fix="check --data_files or --dataset")
     if "ImageFolder" in kinds and not any(map(is_remote, parts["train"])):  # the table holds paths, no pixels
         return as_readers(whole_sources(config, info, test=test))
     if "Parquet" in kinds:
@@ -161,6 +164,10 @@ def parquet_readers(
     label = label_column(features, config.label_column or known.label_column, name)
     values = np.empty(0) if hasattr(features[label], "names") else read_column(parts["train"], label)
     classes = classes_of(features[label], values, label, name)
+    for part, files in parts.items():
+        for file, footer in zip(files, footers[part]):
+            if missing := {image, label} - set(footer.schema.to_arrow_schema().names):
+                raise DataError(f"the {part} split has no column {missing.pop()!r}", where=file)
     return {part: ParquetReader(files, image, label, classes, footers[part]) for part, files in parts.items()}
 
 
@@ -186,6 +193,12 @@ def sequential_streams(
     count = config.num_classes or known.classes
     if not hasattr(train.features[label], "names") and not count:
         raise DataError(f"column {label!r} does not tell the classes", where=name, fix="give --num_classes N")
+    if getattr(train.features[label], "dtype", None) in ("string", "large_string"):
+        raise DataError(
+            f"column {label!r} holds text, and the classes are not known before the stream has been read",
+            where=name,
+            fix="save the labels as numbers, or the data as parquet",
+        )
     classes = getattr(train.features[label], "names", None) or [str(number) for number in range(count or 0)]
     remote = any(is_remote(file) for files in parts.values() for file in files)
     return {

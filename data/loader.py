@@ -83,14 +83,26 @@ class OrderedLoader:
         self.order.epoch, self.order.first_step = epoch, step_in_epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.loader:
-            draw = self.draws.sent.popleft()
-            faults = batch.pop("faults", [])
-            if faults and draw.spare is None:
-                batch = self.without(batch, faults)
-            elif faults:
-                self.replace(batch, faults, draw)
+        batches = iter(self.loader)
+        while True:
+            try:
+                batch = self.whole(next(batches))
+            except StopIteration:
+                return
+            except DataError as error:
+                error.of_one_process = True
+                raise
             yield batch
+
+    def whole(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch, its bad samples replaced or left out."""
+        draw = self.draws.sent.popleft()
+        faults = batch.pop("faults", [])
+        if faults and draw.spare is None:
+            return self.without(batch, faults)
+        if faults:
+            self.replace(batch, faults, draw)
+        return batch
 
     def replace(self, batch: dict[str, Any], faults: list[tuple[int, str]], draw: Draw) -> None:
         """Put the next good samples of the order where the bad ones are."""

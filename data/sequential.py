@@ -134,11 +134,19 @@ class SequentialTrainOrder:
             for chunk in self.stream.chunks(self.epoch, self.seed, self.part, self.chunk_rows)
             for place in range(len(chunk))
         )
+        begun = False
         places = islice(every, self.first_step * self.batch_size, None)
         while len(batch := list(islice(places, self.batch_size))) == self.batch_size:
             mine = batch[self.process * self.share : (self.process + 1) * self.share]
             for start in range(0, self.share, self.micro_batch):
                 yield self.draw(self.epoch, mine[start : start + self.micro_batch])
+            begun = True
+        if not begun and not self.first_step:
+            raise DataError(
+                f"{len(batch)} training samples do not fill one global batch of {self.batch_size}",
+                where=self.stream.title,
+                fix=f"lower --batch_size to at most {len(batch)}",
+            )
 
     def draw(self, epoch: int, places: list[tuple[list[Row], int]]) -> Draw:
         rows = [chunk[place] for chunk, place in places]

@@ -117,9 +117,17 @@ class FolderSource:
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for path in self.paths:
-            facts = path.stat()
-            digest.update(f"{path.relative_to(self.root)}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
+            digest.update(str(path.relative_to(self.root)).encode() + facts_of_file(path))
         return digest.hexdigest()
+
+
+def facts_of_file(path: Path) -> bytes:
+    """What changes when the file's content does."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return b"gone"
+    return f"{path}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode()
 
 
 def size_of_file(path: Path) -> int:
@@ -162,29 +170,45 @@ class ArrowSource:
         return f"{self.title}, row {place}"
 
     def sizes(self) -> np.ndarray:
+        sizes, paths = self._sizes_and_paths()
+        for place, path in paths.items():
+            sizes[place] = size_of_file(Path(path))
+        return sizes
+
+    def _sizes_and_paths(self) -> tuple[np.ndarray, dict[int, str]]:
+        """Bytes of the pictures in the table, int64 [N], 0 for the others; and where those lie."""
         import pyarrow.compute as pc
 
         column = self.rows.with_format("arrow").select_columns([self.column])[:].column(self.column)
-        sizes = pc.fill_null(pc.binary_length(pc.struct_field(column, "bytes")), -1).to_numpy().astype(np.int64)
-        for place in np.flatnonzero(sizes < 0).tolist():  # a cell that holds a path
-            path = column[place].as_py()["path"] if column[place].is_valid else None
-            sizes[place] = size_of_file(Path(path)) if path else 0
-        return sizes
+        sizes = pc.fill_null(pc.binary_length(pc.struct_field(column, "bytes")), 0).to_numpy().astype(np.int64)
+        elsewhere = pc.struct_field(column, "path").filter(pc.equal(sizes, 0)).to_pylist()
+        paths = zip(np.flatnonzero(sizes == 0).tolist(), elsewhere)
+        return sizes, {place: path for place, path in paths if path}
 
     def fingerprint(self) -> str:
-        return f"{self.rows._fingerprint} {self.column}"
+        digest = hashlib.sha256(f"{self.rows._fingerprint} {self.column}".encode())
+        for path in self._sizes_and_paths()[1].values():
+            digest.update(facts_of_file(Path(path)))
+        return digest.hexdigest()
 
 
-def bytes_of_cell(cell: dict[str, Any] | None, name: str) -> bytes:
-    """The encoded picture of an undecoded image cell, which holds its bytes or a path."""
-    if cell and cell["bytes"] is not None:
-        return cell["bytes"]
-    if not cell or not cell["path"]:
+def bytes_of_cell(cell: dict[str, Any] | str | bytes | None, name: str) -> bytes:
+    """The encoded picture of an undecoded image cell: bytes, a path, or a struct of both."""
+    content = cell.get("bytes") if isinstance(cell, dict) else cell if isinstance(cell, bytes) else None
+    if content is not None:
+        return content
+    path = path_of_cell(cell)
+    if not path:
         raise DataError("there is no image", where=name)
     try:
-        return Path(cell["path"]).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read the file {cell['path']}: {error.strerror}", where=name) from None
+        raise DataError(f"cannot read the file {path}: {error.strerror}", where=name) from None
+
+
+def path_of_cell(cell: dict[str, Any] | str | bytes | None) -> str | None:
+    """Where the picture of a cell without bytes lies."""
+    return cell.get("path") if isinstance(cell, dict) else cell if isinstance(cell, str) else None
 
 
 class JoinedSource:

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from configs.errors import DataError
-from data.columns import numbers_of
+from data.columns import as_array, numbers_of
 from data.order import Rows
 from data.retry import patiently
 from data.sources import Source, bytes_of_cell, channels_of_first
@@ -71,17 +71,21 @@ class Stream:
 
     def fetch_ahead(self, blocks: Sequence[int]) -> None:
         """Begin to read what will be needed soon; forget what was needed longest ago."""
+        self._begin(blocks)
         for block in blocks:
-            if block not in self.blocks:
-                self.blocks[block] = self.threads.submit(self.reader.read, block)
             self.blocks.move_to_end(block)
         while len(self.blocks) > max(len(blocks), 2 * self.open_blocks):
             self.blocks.popitem(last=False)
 
+    def _begin(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            if block not in self.blocks:
+                self.blocks[block] = self.threads.submit(self.reader.read, block)
+
     def rows(self, ids: np.ndarray) -> Rows:
         blocks, rows = self.reader.locate(ids)
         needed = list(dict.fromkeys(blocks.tolist()))
-        self.fetch_ahead(needed)
+        self._begin(needed)
         try:
             opened = {block: self.blocks[block].result() for block in needed}
         except DataError:
@@ -110,7 +114,7 @@ class TableBlock:
     def picture(self, row: int) -> bytes:
         cell = self.pictures[row].as_py()
         try:
-            return cell if isinstance(cell, bytes) else bytes_of_cell(cell, "")
+            return bytes_of_cell(cell, "")
         except DataError:
             return b""  # a missing picture is a bad sample, found where it is decoded
 
@@ -142,7 +146,7 @@ class ParquetReader:
         with open_file(path) as file:
             opened = pyarrow.parquet.ParquetFile(file, metadata=footer, pre_buffer=True)
             table = opened.read_row_group(group, columns=list(self.columns), use_threads=False)
-        values = np.asarray(table.column(label_column).to_pylist())
+        values = as_array(table.column(label_column).to_pylist())
         labels = numbers_of(values, self.classes, path, strict=False)
         return TableBlock(table.column(image_column).combine_chunks(), labels)
 

@@ -44,6 +44,8 @@ def counted_splits(
 ) -> dict[str, Split]:
     """Of streams that tell how many rows they have."""
     train = readers["train"]
+    if not train.size:
+        raise DataError("the train split is empty", where=hub.title(config))
     channels = config.channels or (info.channels if info else None)
     stream = Stream(train, open_blocks(config.shuffle_buffer, train), channels)
     splits = {"train": Split(stream, np.arange(train.size))}

@@ -24,11 +24,16 @@ Row = dict[str, Any]
 
 
 def predict_files(weights: str, inputs: list[Path], batch_size: int) -> Iterator[Row]:
-    """A row for each image: path, label, probability; or path and error for a file that is no image."""
-    model = models.load(weights)
+    """A row for each image: path, label, probability; or path and error for a file that is no image.
+
+    Weights and inputs are looked at before the first row is asked for.
+    """
+    return predictions(models.load(weights), list(image_files(inputs)), batch_size)
+
+
+def predictions(model: models.BaseModel, paths: list[Path], batch_size: int) -> Iterator[Row]:
     trainer = TRAINERS[model.task](make_config(task=model.task), model)
     transform, channels = eval_transform(model.image_size or 224), len(model.mean_C11)
-    paths = list(image_files(inputs))
     bar = tqdm(total=len(paths), unit="image", disable=None)
     remaining = iter(paths)
     while chunk := list(islice(remaining, batch_size)):
@@ -59,7 +64,7 @@ def image_files(inputs: list[Path]) -> Iterator[Path]:
             found = [
                 file
                 for file in sorted(path.rglob("*"))
-                if file.suffix.lower() in IMG_EXTENSIONS and not is_hidden(file, path)
+                if file.suffix.lower() in IMG_EXTENSIONS and file.is_file() and not is_hidden(file, path)
             ]
             if not found:
                 raise DataError("no images found", where=str(path), fix=f"they end with {', '.join(IMG_EXTENSIONS)}")
@@ -74,7 +79,7 @@ def write(rows: Iterable[Row], output: Path) -> tuple[int, int]:
     """Rows as JSON lines or CSV, as they come; how many predictions and how many errors."""
     counts = {False: 0, True: 0}
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", newline="") as file:
+    with output.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         table = csv.DictWriter(file, ["path", "label", "probability", "error"])
         if output.suffix == ".csv":
             table.writeheader()

@@ -46,7 +46,7 @@ def fail(error: Exception, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     text, code = block(error)
-    alike = isinstance(error, UserError) or type(error).__name__ == "ModelError"
+    alike = (isinstance(error, UserError) and not error.of_one_process) or type(error).__name__ == "ModelError"
     rank = os.environ.get("RANK", "0")
     if rank == "0" or not alike:
         print(text if rank == "0" else f"[process {rank}] {text}", file=sys.stderr, flush=True)

@@ -39,7 +39,9 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     config, accelerator = trainer.config, trainer.accelerator
     micro = even_parts(trainer.batch_share, config.micro_batch_size)
     splits = [("train", data.train), ("validation", data.val)]
-    sizes = " · ".join(f"{name} {len(split):,}" if split.counted else f"{name} ?" for name, split in splits if split)
+    sizes = " · ".join(
+        f"{name} {len(split):,}" if split.counted else f"{name} ?" for name, split in splits if split is not None
+    )
     sizes += f" · test {data.held_out:,}" if data.held_out else ""
     dropped = left_out_each_epoch(trainer.train_loader, config.batch_size)
     length = (

@@ -39,7 +39,7 @@ def build_data(config: Config, *, shown: bool = True) -> tuple[Data, list[str]]:
     size, notes = input_size(config.model, data.image_size), []
     if size != data.image_size:
         notes.append(f"{config.model} takes no images of {data.image_size} px: they are resized to {size} px")
-    if shown and data.val and not data.train.streamed:
+    if shown and data.val is not None and not data.train.streamed:
         warning = duplicates_between(data.train, data.val).warning()
         notes += [warning] if warning else []
     return with_cache(replace(data, image_size=size), config, shown=shown), notes
@@ -80,7 +80,7 @@ def build_trainer(config: Config) -> tuple[BaseTrainer, Data, list[str]]:
         config,
         model,
         train_loader(config, data, process, processes),
-        eval_loader(config, data.val, data.image_size, process, processes) if data.val else None,
+        eval_loader(config, data.val, data.image_size, process, processes) if data.val is not None else None,
         accelerator=accelerator,
     )
     return trainer, data, notes

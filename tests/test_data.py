@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
@@ -13,12 +15,14 @@ from configs.arguments import make_config
 from configs.dataset_info import DATASETS, IMAGENET_MEAN, find_dataset_info
 from configs.errors import ConfigError, DataError
 from data.batches import ImageDataset
+from data.columns import classes_of, numbers_of, values_of
 from data.dataset import check_labels, load_data
 from data.decode import decode
 from data.embedded import load_digits
 from data.geometry import Box, Geometry, centre, random_box
 from data.loader import eval_loader, train_loader
 from data.order import Draw, Rows, mix_ids
+from data.sources import ArrowSource, bytes_of_cell
 from data.stream import encoded
 from data.transforms import Transform
 
@@ -269,3 +273,61 @@ def test_a_validation_split_that_is_given_is_validated_on(tmp_path, name):
     datasets.DatasetDict(tables).save_to_disk(tmp_path / "set")
     data = load_data(make_config(dataset=str(tmp_path / "set")), test=True)
     assert (len(data.train), len(data.val), len(data.test)) == (8, 6, 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([0, 123456789012], "2 different numbers up to 123,456,789,012"),
+        ([0.5, 1.5], "no class labels"),
+        ([[0, 1], [1, 0]], "no class labels"),
+        ([[0], [1, 0]], "no class labels"),
+        ([None, None], "no class labels"),
+    ],
+)
+def test_a_column_that_holds_no_classes_is_refused(values, words):
+    table = datasets.Dataset.from_dict({"label": values})
+    with pytest.raises(DataError, match=words):
+        classes_of(table.features["label"], values_of(table, "label"), "label", "x")
+
+
+@pytest.mark.parametrize(
+    ("values", "classes", "numbers"),
+    [
+        ([2, None, 0], ["0", "1", "2"], [2, -1, 0]),
+        (["b", None, "a"], ["a", "b"], [1, -1, 0]),
+        ([True, False], ["0", "1"], [1, 0]),
+    ],
+)
+def test_missing_labels_are_no_class(values, classes, numbers):
+    table = datasets.Dataset.from_dict({"label": values})
+    found = values_of(table, "label")
+    assert classes_of(table.features["label"], found, "label", "x") == classes
+    assert numbers_of(found, classes, "x").tolist() == numbers
+
+
+def test_image_cells_hold_bytes_or_a_path(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"content")
+    for cell in (
+        b"content",
+        {"bytes": b"content"},
+        {"bytes": None, "path": str(tmp_path / "a.png")},
+        str(tmp_path / "a.png"),
+    ):
+        assert bytes_of_cell(cell, "x") == b"content"
+    for cell in (None, {}, {"bytes": None, "path": None}):
+        with pytest.raises(DataError, match="there is no image"):
+            bytes_of_cell(cell, "x")
+    with pytest.raises(DataError, match="cannot read the file"):
+        bytes_of_cell("nowhere.png", "x")
+
+
+def test_a_table_of_paths_has_another_fingerprint_once_a_file_has_changed(image_folder):
+    paths = sorted(map(str, image_folder.rglob("*.png")))
+    table = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+    source = ArrowSource(table, "image", np.zeros(16, np.int64), "x", 1, ["a"])
+    before, sizes = source.fingerprint(), source.sizes()
+    assert sizes.tolist() == [Path(path).stat().st_size for path in paths]
+    assert source.fingerprint() == before
+    Path(paths[3]).write_bytes(Path(paths[4]).read_bytes())
+    assert source.fingerprint() != before

@@ -17,7 +17,9 @@ import torch
 from PIL import Image
 
 from configs.arguments import make_config
+from configs.errors import DataError
 from data.dataset import load_data
+from scripts.report import fail
 from tests.conftest import ROOT, SHARED_DATA, lines_of, run_script
 from tests.hub_server import TOKEN, HubServer
 
@@ -269,3 +271,19 @@ def test_a_run_begins_with_the_weights_it_is_given(tmp_path):
     begun = build_model(make_config(seed=2, weights=str(tmp_path)), data)
     assert all(torch.equal(a, b) for a, b in zip(begun.state_dict().values(), given.state_dict().values()))
     assert not torch.equal(other.head.weight, given.head.weight)
+
+
+def test_a_fault_that_one_process_alone_meets_is_told_by_it(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    error = DataError("a block is broken", where="file")
+    assert fail(error, debug=False) == 1
+    assert capsys.readouterr().err == ""  # the first process tells what all of them meet
+    error.of_one_process = True
+    fail(error, debug=False)
+    assert capsys.readouterr().err.startswith("[process 1] error: a block is broken")
+
+
+def test_predictions_of_before_stay_where_there_are_no_weights(tmp_path):
+    (tmp_path / "p.jsonl").write_text("before")
+    run_script("predict.py", "--weights", "nowhere/x", tmp_path, "--output", tmp_path / "p.jsonl", rc=2)
+    assert (tmp_path / "p.jsonl").read_text() == "before"

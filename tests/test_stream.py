@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import aiohttp
 import datasets
 import numpy as np
 import pytest
@@ -413,6 +414,57 @@ def test_a_dataset_of_the_hub_is_streamed_by_ranges(parquet_folder, tmp_path):
     for file in ("samples.jsonl", "best/model.safetensors"):
         assert (tmp_path / "hub" / file).read_bytes() == (tmp_path / "local" / file).read_bytes()
     assert lines_of(tmp_path / "hub") == lines_of(tmp_path / "local")
+
+
+def test_a_connection_that_is_refused_is_waited_for(monkeypatch):
+    """fsspec reports it as a file that is not there."""
+    waits: list[float] = []
+    monkeypatch.setattr(data.retry.time, "sleep", waits.append)
+    url = "http://127.0.0.1:9/x.parquet"
+
+    def reading():
+        fault = aiohttp.ClientConnectorError(SimpleNamespace(host="127.0.0.1", port=9, ssl=True), OSError("refused"))
+        raise FileNotFoundError(url) from fault
+
+    with pytest.raises(DataError, match=r"Cannot connect.*tried 6 times in 31 s"):
+        patiently(reading, url, remote=True)
+    assert waits == [1, 2, 4, 8, 16]
+
+
+def test_one_batch_may_need_more_blocks_than_are_kept(parquet_folder):
+    digits = load_digits()
+    stream = Stream(SourceReader(digits, rows_per_block=1), open_blocks=1)
+    ids = np.array([5, 900, 17, 1500, 5, 3])
+    for _ in range(2):
+        stream.fetch_ahead([5])
+        assert stream.rows(ids).labels.tolist() == digits.labels[ids].tolist()
+
+
+def test_a_split_without_the_column_is_named(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    cells = [{"bytes": png(number), "path": None} for number in range(8)]
+    table = datasets.Dataset.from_dict({"image": cells, "label": [0, 1] * 4}, features=features)
+    table.to_parquet(tmp_path / "train.parquet")
+    table.remove_columns("label").to_parquet(tmp_path / "validation.parquet")
+    with pytest.raises(DataError, match="the val split has no column 'label'") as error:
+        load_data(stream_config(dataset=str(tmp_path)))
+    assert "validation.parquet" in str(error.value)
+
+
+def test_an_uncounted_stream_too_short_for_a_batch_is_refused(tar_files):
+    config = stream_config(
+        data_files=tuple(tar_files), max_steps=3, num_classes=3, batch_size=64, split=(1.0, 0.0, 0.0)
+    )
+    with pytest.raises(DataError, match="60 training samples do not fill one global batch of 64"):
+        list(train_loader(config, load_data(config)))
+
+
+def test_a_run_on_an_uncounted_stream_validates_and_is_tested(tar_files, tmp_path):
+    flags = ["--streaming", "--num_classes", "3", "--max_steps", "3", "--batch_size", "8", "--data_files", *tar_files]
+    said = run_script("train.py", *flags, "--output_dir", tmp_path, "--experiment_name", "x").stdout
+    assert "train ? · validation ?" in said
+    assert [line["step"] for line in lines_of(tmp_path / "x", "val")] == [3]
+    assert "test accuracy" in run_script("test.py", "--weights", tmp_path / "x").stdout
 
 
 # ---- whole runs, in fresh processes -----------------------------------------------------------------------------
