@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -78,12 +79,17 @@ def with_cache(data: Data, config: Config, *, shown: bool) -> Data:
     """The same data, decoded and resized once, where `--cache` asks for it."""
     if config.cache == "none" or data.train.source.in_memory:
         return data
-    from data.cache import cached  # its locks are those of Linux and macOS
-
-    sources = {id(split.source): split.source for split in (data.train, data.val) if split is not None}
-    stored = {key: cached(source, data.image_size, where=config.cache, shown=shown) for key, source in sources.items()}  # type: ignore[arg-type]
-    train, val = (split and replace(split, source=stored[id(split.source)]) for split in (data.train, data.val))
-    return replace(data, train=train, val=val)  # type: ignore[arg-type]
+    try:
+        from data.cache import cached
+    except ImportError:  # of fcntl
+        raise ConfigError("--cache needs the file locks of Linux or macOS", fix="leave it out") from None
+    stored: dict[int, Any] = {}
+    for split in (data.train, data.val):
+        if split is not None and id(split.source) not in stored:
+            stored[id(split.source)] = cached(split.source, data.image_size, where=config.cache, shown=shown)  # type: ignore[arg-type]
+    train = replace(data.train, source=stored[id(data.train.source)])
+    val = replace(data.val, source=stored[id(data.val.source)]) if data.val is not None else None
+    return replace(data, train=train, val=val)
 
 
 def check_splits(splits: dict[str, Split], name: str) -> None:
@@ -93,9 +99,8 @@ def check_splits(splits: dict[str, Split], name: str) -> None:
             raise DataError(
                 f"the {part} split is empty", where=name, fix="give more data, or larger shares with --split A B C"
             )
-        if (
-            part != "test" and not split.streamed
-        ):  # often published without labels; scripts/test.py checks them when it opens it
+        # a test split is often published without labels; scripts/test.py checks them when it opens it
+        if part != "test" and not split.streamed:
             check_labels(split, part, name)
     if splits["train"].streamed:
         return

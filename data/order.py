@@ -194,6 +194,7 @@ class Mixed:
         self.quotas = np.diff(ends, prepend=0)  # samples of each an epoch
         self._epoch = -1
         self._part = self._turn = ends
+        self._places: list[np.ndarray] = []
 
     def take(self, epoch: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         self._set_epoch(epoch)
@@ -215,7 +216,7 @@ class Mixed:
         self._set_epoch(epoch)
         needed = []
         for number, part in enumerate(self.parts):
-            before = int((self._part[:place] == number).sum())
+            before = int(np.searchsorted(self._places[number], place))
             if isinstance(part, Blocks):
                 needed += part.blocks_from(*divmod(epoch * int(self.quotas[number]) + before, part.size))
         return needed
@@ -226,8 +227,9 @@ class Mixed:
         self._epoch = epoch
         self._part = np.repeat(np.arange(len(self.parts)), self.quotas)[permutation(self.seed, epoch, self.size)]
         self._turn = np.empty(self.size, np.int64)  # how many of its part came before
-        for number, quota in enumerate(self.quotas):
-            self._turn[self._part == number] = np.arange(quota)
+        self._places = [np.flatnonzero(self._part == number) for number in range(len(self.parts))]
+        for places in self._places:
+            self._turn[places] = np.arange(len(places))
 
 
 def keys_of(seed: int, epoch: int, ids: np.ndarray, passes: np.ndarray) -> np.ndarray:
