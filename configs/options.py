@@ -9,6 +9,8 @@ from typing import Literal
 
 from configs.errors import ConfigError
 
+OF_DATASETS = ("data_files", "image_column", "label_column")  # of no use with an image folder
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
@@ -17,7 +19,7 @@ class DataOptions:
     train_data_dir: str | None = None
     """Image folder with one subfolder a class (`cat/1.png`); used instead of `--dataset`."""
     data_files: tuple[str, ...] = ()
-    """Training files, alone or of `--dataset`: paths, patterns or URLs (parquet, webdataset .tar, JSON, CSV)."""
+    """Files that are cut into splits, alone or of `--dataset`: paths, patterns, URLs (parquet, .tar, JSON, CSV)."""
     mix_datasets: tuple[str, ...] = ()
     """More datasets of the same classes to train on, besides; validation and test stay those of `--dataset`."""
     mix_weights: tuple[float, ...] = ()
@@ -221,6 +223,16 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
             raise ConfigError(
                 f"--mix_weights is {' '.join(map(str, self.mix_weights))}, for {datasets} datasets",
                 fix="give one for --dataset and one for each of --mix_datasets, from 0 on, not all 0",
+            )
+        if self.mix_datasets and self.group_column:
+            raise ConfigError(
+                "--group_column keeps the groups of one dataset apart, and --mix_datasets adds others to the training",
+                fix="leave one of them out",
+            )
+        if self.train_data_dir and (given := [name for name in OF_DATASETS if getattr(self, name)]):
+            raise ConfigError(
+                f"--{given[0]} belongs to --dataset, and --train_data_dir is used instead of it",
+                fix="leave one of them out, or give the folder to --dataset",
             )
         if self.mix_weights and self.sampling != "uniform":
             raise ConfigError(f"--sampling {self.sampling} and --mix_weights both say how often a sample comes")

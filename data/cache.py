@@ -93,12 +93,8 @@ def key_of(source: Source, image_size: int) -> str:
 
 def stem_of(source: Source, image_size: int) -> str:
     """Names a dataset at a size, whatever its content: `photos-1f0e3dad-224`."""
-    first, last = source.name(0), source.name(len(source.labels) - 1)
-    common = os.path.commonprefix([first, last])  # noqa: RUF071  # not all names are paths
-    shared = re.match("(.*)(/|, )", common)  # their folder, or their dataset
-    origin = os.path.abspath(shared[1] if shared else f"{first} {last}")
-    readable = re.sub("[^A-Za-z0-9]+", "-", Path(origin).name).strip("-")[-40:]
-    return f"{readable}-{hashlib.sha256(f'{origin} {source.channels}'.encode()).hexdigest()[:8]}-{image_size}"
+    readable = re.sub("[^A-Za-z0-9]+", "-", Path(source.origin).name).strip("-")[-40:]
+    return f"{readable}-{hashlib.sha256(f'{source.origin} {source.channels}'.encode()).hexdigest()[:8]}-{image_size}"
 
 
 class Store:
@@ -143,6 +139,7 @@ class Cached:
     def __init__(self, source: Source, store: Store):
         self.source, self.store = source, store
         self.classes, self.labels, self.channels = source.classes, source.labels, source.channels
+        self.origin = source.origin
         self.bad = {place: fault["what"] for place, fault in store.faults.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -9,12 +9,22 @@ import numpy as np
 from configs.errors import DataError
 from configs.options import nearest
 
+IMAGE_TYPES = ("string", "large_string", "binary", "large_binary")  # paths, or encoded images
+
 
 def image_column(features: dict[str, Any], wanted: str | None, name: str) -> str:
     from datasets import Image
 
     found = [column for column, feature in features.items() if isinstance(feature, Image)]
-    return chosen_column(features, wanted, found, "image", name)
+    column = chosen_column(features, wanted, found, "image", name)
+    feature = features[column]
+    if not isinstance(feature, (Image, dict)) and getattr(feature, "dtype", None) not in IMAGE_TYPES:
+        raise DataError(
+            f"column {column!r} holds {feature}, no images",
+            where=name,
+            fix=f"--image_column: {', '.join(found) or 'a column of encoded images, or of their paths'}",
+        )
+    return column
 
 
 def label_column(features: dict[str, Any], wanted: str | None, name: str) -> str:

@@ -110,7 +110,7 @@ def check_splits(splits: dict[str, Split], name: str) -> None:
             f"training needs two classes or more, found {len(present)}: "
             f"{', '.join(splits['train'].source.classes[label] for label in present)}",
             where=name,
-            fix="image folders hold one subfolder a class",
+            fix="image folders hold one subfolder a class; --label_column names the labels of other datasets",
         )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from configs.errors import DataError
+from data.decode import channels_of
 from data.sequential import SequentialStream
 from data.sources import Source
 from data.split import Split
@@ -72,6 +73,7 @@ def duplicates_between(a: Split, b: Split, *, limit_bytes: int = 1 << 30) -> Dup
     for key, place in digests(source_a, a.ids[in_a]):
         first_place.setdefault(key, place)
     pairs = [(first_place[key], place) for key, place in digests(source_b, b.ids[in_b]) if key in first_place]
+    pairs = [pair for pair in pairs if is_picture(source_b, pair[1])]
     return Duplicates(a, b, pairs, count_other_label(source_a.labels, source_b.labels, pairs))
 
 
@@ -101,6 +103,15 @@ def digests(source: Source, places: np.ndarray) -> list[tuple[bytes, int]]:
             continue
         found.append((digest(content), place))
     return found
+
+
+def is_picture(source: Source, place: int) -> bool:
+    """Whether its header can be read: broken files are often equal, cut off at one length or filled with zeros."""
+    content = source.read(place)
+    try:
+        return not isinstance(content, bytes) or channels_of(content, source.name(place)) > 0
+    except DataError:
+        return False
 
 
 def digest(content: bytes | torch.Tensor) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ class Source(Protocol):
     labels: np.ndarray  # int64 [N]
     channels: int
     in_memory: bool
+    origin: str  # where all of it lies, whatever its content
 
     def read(self, place: int) -> bytes | torch.Tensor:
         """An encoded picture, or pixels uint8 [C, H, W]. Raises DataError where there is none."""
@@ -39,6 +41,7 @@ class TensorSource:
     """Images that fit in memory: uint8 [N, C, H, W]."""
 
     in_memory = True
+    origin = "memory"
 
     def __init__(self, images_NCHW: torch.Tensor, labels: np.ndarray, classes: list[str]):
         self.images_NCHW, self.labels, self.classes = images_NCHW, labels.astype(np.int64), classes
@@ -84,7 +87,7 @@ class FolderSource:
                 where=str(root),
             )
         numbers = {name: number for number, name in enumerate(self.classes)}
-        self.root = root
+        self.root, self.origin = root, str(root.absolute())
         self.paths = [
             path
             for name in found
@@ -159,7 +162,7 @@ class ArrowSource:
     ):
         from datasets import Image as ImageFeature
 
-        self.title, self.classes, self.labels = title, classes, labels
+        self.title, self.origin, self.classes, self.labels = title, os.path.abspath(title), classes, labels
         self.rows, self.column = dataset.cast_column(image_column, ImageFeature(decode=False)), image_column
         self.channels = channels or channels_of_first(self, range(len(self.rows)))
 
@@ -217,6 +220,7 @@ class JoinedSource:
     def __init__(self, parts: Sequence[Source]):
         self.parts, self.classes, self.channels = parts, parts[0].classes, parts[0].channels
         self.in_memory = all(part.in_memory for part in parts)
+        self.origin = " and ".join(part.origin for part in parts)
         self.labels = np.concatenate([part.labels for part in parts])
         self.starts = np.cumsum([0, *(len(part.labels) for part in parts)])
 

@@ -67,13 +67,17 @@ def with_more(split: Split, source: Any, sizes: Sequence[int]) -> Split:
     return Split(source, ids, cuts=(0, *cuts.tolist()))
 
 
+def few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def check_classes(sources: Sequence[Any], config: Config) -> None:
     """Datasets that are mixed have the same classes in the same order."""
     for name, source in zip(config.mix_datasets, sources[1:]):
         if source.classes != sources[0].classes:
             raise DataError(
-                f"its {len(source.classes)} classes ({', '.join(source.classes[:3])}, ...) are not the "
-                f"{len(sources[0].classes)} of the first dataset ({', '.join(sources[0].classes[:3])}, ...)",
+                f"its {len(source.classes)} classes ({few(source.classes)}) are not the "
+                f"{len(sources[0].classes)} of the first dataset ({few(sources[0].classes)})",
                 where=f"--mix_datasets {name}",
                 fix="mix datasets of the same classes in the same order",
             )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from configs.dataset_info import DatasetInfo, find_dataset_info
-from configs.errors import ConfigError
+from configs.errors import ConfigError, DataError
 from configs.options import Config
 from data import hub
 from data.embedded import SOURCES
@@ -26,7 +27,11 @@ def whole_splits(config: Config, info: DatasetInfo | None, *, test: bool) -> dic
     if more:
         every = [sources["train"], *more]
         check_classes(every, config)
-        splits["train"] = with_more(splits["train"], joined(every), [len(source.labels) for source in more])
+        mixture = joined(every)
+        for part, split in splits.items():
+            if part != "train" and split.source is sources["train"]:  # one source for both, one cache
+                splits[part] = replace(split, source=mixture)
+        splits["train"] = with_more(splits["train"], mixture, [len(source.labels) for source in more])
     return splits
 
 
@@ -51,22 +56,43 @@ def whole(source: Source) -> Split:
 def cut_missing_splits(splits: dict[str, Split], config: Config) -> dict[str, Split]:
     """Hold out what is missing: stratified by class, or with every group in one split."""
     train, shares = splits["train"], missing_shares(list(splits), config)
-    if config.group_column and not isinstance(train.source, ArrowSource):
-        raise ConfigError(
-            "--group_column names a column of a Hugging Face dataset, and these data have none",
-            fix="give the folder to --dataset, with a metadata.csv that holds the column",
-        )
+    groups = groups_of_training(splits, config) if config.group_column else None
     if len(shares) > 1:
         amounts = list(shares.values())
-        if isinstance(train.source, ArrowSource) and config.group_column:
-            groups = hub.groups_of(train.source, config.group_column)
-            parts = grouped_split(train.ids, groups, train.labels, amounts, config.split_seed)
+        if groups is not None:
+            try:
+                parts = grouped_split(train.ids, groups, train.labels, amounts, config.split_seed)
+            except DataError as error:
+                error.where = f"{hub.title(config)}, column {config.group_column}"
+                raise
         else:
             parts = stratified_split(train.ids, train.labels, amounts, config.split_seed)
         for part, ids in zip(shares, parts):
             if len(ids) or shares[part]:
                 splits[part] = Split(train.source, ids)
     return splits
+
+
+def groups_of_training(splits: dict[str, Split], config: Config) -> np.ndarray:
+    """The group of each training sample, [N]. Raises DataError where another split that is given shares one."""
+    groups = {}
+    for part, split in splits.items():
+        if not isinstance(split.source, ArrowSource):
+            raise ConfigError(
+                "--group_column names a column of a Hugging Face dataset, and these data have none",
+                fix="give the folder to --dataset, with a metadata.csv that holds the column",
+            )
+        groups[part] = hub.groups_of(split.source, str(config.group_column))
+    known = set(groups["train"].tolist())
+    for part, values in groups.items():
+        if part != "train" and (common := sorted(known & set(values.tolist()), key=str)):
+            raise DataError(
+                f"{len(common):,} values of --group_column {config.group_column} are in both the training "
+                f"and the {part} split: {', '.join(map(str, common[:3]))}{', ...' if len(common) > 3 else ''}",
+                where=hub.title(config),
+                fix="leave --group_column out, or give one split and let --split cut it",
+            )
+    return groups["train"]
 
 
 def joined(sources: Sequence[Source]) -> Source:

@@ -40,10 +40,13 @@ def measure(config: Config, weights: str, part: str) -> dict[str, float] | None:
 
 def open_split(config: Config, model: models.BaseModel, part: str) -> Split:
     """The split to measure on. Raises DataError where there is none, or where its classes are not the model's."""
-    channels = len(model.mean_C11)
+    config = replace(config, channels=1 if len(model.mean_C11) == 1 else 3)
     if part == "test" and config.test_data_dir:
-        return whole(FolderSource(Path(config.test_data_dir), 1 if channels == 1 else 3, model.classes))
-    data = load_data(replace(config, channels=1 if channels == 1 else 3), test=part == "test")
+        own = whole(FolderSource(Path(config.test_data_dir), config.channels, model.classes))
+        if config.train_data_dir and Path(config.train_data_dir).is_dir():  # it may have stayed on another machine
+            show_copies(whole(FolderSource(Path(config.train_data_dir), config.channels)), own)
+        return own
+    data = load_data(config, test=part == "test")
     if data.classes != model.classes:
         raise DataError(
             f"the data have the classes {', '.join(data.classes[:5])} ..., "
@@ -58,6 +61,12 @@ def open_split(config: Config, model: models.BaseModel, part: str) -> Split:
         )
     if not split.streamed:
         check_labels(split, part, data.name)
-        if part == "test" and (warning := duplicates_between(data.train, split).warning("training", "test")):
-            print(f"note      {warning}")
+    if part == "test":
+        show_copies(data.train, split)
     return split
+
+
+def show_copies(train: Split, test: Split) -> None:
+    """Tell what the two splits have in common; a test split that was cut out of a stream shares no row with it."""
+    if warning := duplicates_between(train, test).warning("training", "test"):
+        print(f"note      {warning}")

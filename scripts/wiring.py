@@ -39,7 +39,7 @@ def build_data(config: Config, *, shown: bool = True) -> tuple[Data, list[str]]:
     size, notes = input_size(config.model, data.image_size), []
     if size != data.image_size:
         notes.append(f"{config.model} takes no images of {data.image_size} px: they are resized to {size} px")
-    if shown and data.val is not None and not data.train.streamed:
+    if shown and data.val is not None:
         warning = duplicates_between(data.train, data.val).warning()
         notes += [warning] if warning else []
     return with_cache(replace(data, image_size=size), config, shown=shown), notes

@@ -97,6 +97,32 @@ def test_groups_stay_together(uneven):
     assert "patient" in str(error.value)
     with pytest.raises(ConfigError, match="--group_column names a column"):
         load_data(make_config(group_column="patient"))
+    with pytest.raises(ConfigError, match="--mix_datasets adds others"):
+        make_config(dataset=uneven, group_column="patient", mix_datasets=(uneven,))
+
+
+def test_groups_that_given_splits_share_are_named(uneven, tmp_path):
+    rows = datasets.load_from_disk(uneven)
+    given = datasets.DatasetDict(train=rows.select(range(7)), validation=rows.select(range(6, 40)))
+    given.save_to_disk(str(tmp_path / "shared"))
+    with pytest.raises(DataError, match="patient are in both the training and the val split") as error:
+        load_data(make_config(dataset=str(tmp_path / "shared"), group_column="patient"))
+    assert rows[6]["patient"] in str(error.value)
+
+
+def test_a_group_that_is_missing_is_told_with_its_dataset(uneven, tmp_path):
+    rows = datasets.load_from_disk(uneven)
+    rows.map(lambda row: {"patient": None}).save_to_disk(str(tmp_path / "none"))
+    with pytest.raises(DataError) as error:
+        load_data(make_config(dataset=str(tmp_path / "none"), group_column="patient"))
+    assert error.value.where == f"{tmp_path / 'none'}, column patient"
+
+
+def test_mixed_datasets_have_one_source_and_one_cache(uneven):
+    data = load_data(make_config(dataset=uneven, mix_datasets=(uneven,)))
+    assert data.val is not None and data.val.source is data.train.source
+    assert data.train.source.origin == f"{uneven} (train) and {uneven} (train)"
+    assert not set(data.val.ids) & set(data.train.ids)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -114,7 +140,7 @@ def test_datasets_are_mixed_by_weight_and_validated_on_the_first(uneven, tmp_pat
     for label, image in zip(labels, images):
         assert int(image.max()) // 100 == label or int(image.max()) == 0
     other.cast_column("label", datasets.ClassLabel(names=["x", "y", "z"])).save_to_disk(tmp_path / "strange")
-    with pytest.raises(DataError, match=r"its 3 classes \(x, y, z, ...\) are not the 3 of the first"):
+    with pytest.raises(DataError, match=r"its 3 classes \(x, y, z\) are not the 3 of the first"):
         load_data(make_config(dataset=uneven, mix_datasets=(str(tmp_path / "strange"),), streaming=streaming))
 
 

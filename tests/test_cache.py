@@ -38,7 +38,7 @@ class Pictures:
         self.classes = ["a", "b"]
         self.files, self.title, self.content, self.wait_seconds = files, title, content, wait_seconds
         self.labels = np.arange(len(files)) % 2
-        self.reads = 0
+        self.reads, self.origin = 0, title
 
     def read(self, place: int) -> bytes | torch.Tensor:
         self.reads += 1

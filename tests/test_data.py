@@ -109,6 +109,10 @@ def test_a_hub_dataset_finds_its_columns_by_type(tmp_path, labels):
         assert decode(data.test.source.read(place), "", 3)[0, 0, 0] == 80 * data.test.source.labels[place]
     with pytest.raises(DataError, match="no column 'knd'") as error:
         load_data(make_config(dataset=str(tmp_path / "set"), label_column="knd"))
+    with pytest.raises(
+        DataError, match="cannot read the file" if labels == "text" else "column 'kind' holds .*, no images"
+    ):
+        load_data(make_config(dataset=str(tmp_path / "set"), label_column="kind", image_column="kind"))
     assert "kind" in str(error.value)
 
 

@@ -122,6 +122,13 @@ def test_test_needs_nothing_but_the_model_and_the_data(run, tmp_path, image_fold
     assert "class folder 'bright' is none of the 10 training classes" in done.stderr
 
 
+def test_a_test_folder_is_searched_for_training_images(tmp_path, image_folder):
+    flags = ["--train_data_dir", image_folder, "--epochs", "1", "--output_dir", tmp_path, "--experiment_name", "a"]
+    run_script("train.py", *flags, "--batch_size", "4")
+    done = run_script("test.py", "--weights", tmp_path / "a", "--test_data_dir", image_folder)
+    assert "16 test images are exact copies of training images" in done.stdout
+
+
 def test_predict_reads_files_and_folders_and_names_what_it_cannot_read(run, tmp_path):
     (tmp_path / "in" / "more").mkdir(parents=True)
     with np.load(ROOT / "data" / "digits.npz") as digits:
@@ -209,6 +216,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
     [
         (["--model", "resnet19"], 2, ["--model resnet19", "resnet18"]),
         (["--task", "detecton"], 2, ["--task detecton"]),
+        (["--train_data_dir", "nowhere", "--image_column", "img"], 2, ["--image_column belongs to --dataset"]),
         (["--monitor", "acuracy"], 2, ["--monitor acuracy", "accuracy"]),
         (["--batch_size", "5000"], 1, ["1438 training samples", "5000", "--batch_size"]),
         (["--train_data_dir", "nowhere"], 1, ["no such folder of images", "nowhere"]),

@@ -138,8 +138,11 @@ def test_streamed_parts_have_their_shares_on_average_and_differ_between_seeds():
     assert abs(same - 0.54) < 0.007  # 0.7^2 + 0.2^2 + 0.1^2: as often as by chance
 
 
+HEADER = b"P5 1 1 255\n"
+
+
 class Files:
-    """A source of encoded pictures; None stands for one that cannot be read."""
+    """A source of encoded pictures, told by what follows their header; None stands for one that cannot be read."""
 
     classes, channels, in_memory = ["cat", "dog"], 3, False
 
@@ -154,14 +157,14 @@ class Files:
         content = self.files[place]
         if content is None:
             raise DataError("there is no image")
-        return content
+        return HEADER + content if content else content
 
     def name(self, place: int) -> str:
         return f"{self.title}/{place}.png"
 
     def sizes(self) -> np.ndarray:
         self.sized += 1
-        return np.array([4 if file is None else len(file) for file in self.files], np.int64)
+        return np.array([4 if file is None else len(file) + len(HEADER) * bool(file) for file in self.files], np.int64)
 
     def fingerprint(self) -> str:
         return self.title
@@ -219,12 +222,17 @@ def test_unreadable_and_empty_pictures_are_passed_over(in_memory: bool, monkeypa
     assert duplicates_between(whole(train), whole(val)).pairs == [(1, 0)]
 
 
+def test_equal_broken_files_are_no_copies(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tests.test_splits.HEADER", b"")
+    assert duplicates_between(whole(Files("train", (b"aaaa", 0))), whole(Files("val", (b"aaaa", 0)))).pairs == []
+
+
 def test_nothing_is_read_beyond_the_limit():
     train = Files("train", (b"aaaa", 0), (b"bbbb", 0), (b"a larger one", 0))
     val = Files("val", (b"aaaa", 0))
-    assert duplicates_between(whole(train), whole(val), limit_bytes=12).pairs == [(0, 0)]
+    assert duplicates_between(whole(train), whole(val), limit_bytes=12 + 3 * len(HEADER)).pairs == [(0, 0)]
     train.reads.clear()
-    found = duplicates_between(whole(train), whole(val), limit_bytes=11)
+    found = duplicates_between(whole(train), whole(val), limit_bytes=11 + 3 * len(HEADER))
     assert (found.pairs, train.reads) == ([], [])
     assert "2 and 1 of them are of a size that the others have too" in found.skipped
     assert found.warning().startswith("training and validation images were not searched for common ones: 2 and 1 ")
