@@ -68,7 +68,7 @@ class ImageDataset(torch.utils.data.Dataset):
             try:
                 if not 0 <= labels[slot] < self.num_classes:
                     raise DataError(label_fault(int(labels[slot]), self.num_classes))
-                images_BCHW[slot] = self.transform.cut(self.picture(draw, slot), key, self.channels)
+                self.transform.cut(self.picture(draw, slot), key, self.channels, images_BCHW[slot])
             except DataError as error:
                 faults[slot] = error.what
         return images_BCHW

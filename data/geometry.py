@@ -89,9 +89,11 @@ class Geometry(NamedTuple):
 
         return choose
 
-    def turn(self, image_CHW: torch.Tensor, key: int) -> torch.Tensor:
-        """Flip one picture by its key, right after its cut, while it is in the processor's cache."""
-        return image_CHW.flip(2) if self.flip and uniform(key, FLIP) < 0.5 else image_CHW
+    def turn(self, image_CHW: torch.Tensor, key: int) -> None:
+        """Flip one picture by its key, in place, right after its cut, while it is in the processor's cache."""
+        if self.flip and uniform(key, FLIP) < 0.5:
+            pixels = image_CHW.numpy()
+            pixels[:] = pixels[..., ::-1]
 
     def move(self, images_BCHW: torch.Tensor, keys: np.ndarray) -> torch.Tensor:
         """Shift and flip a batch of squares, each by its key; may change its input."""

@@ -28,11 +28,20 @@ class Transform:
     rare_policy: v2.Transform | None = None  # for the classes of rare_C
     rare_C: np.ndarray | None = None  # bool [classes]
 
-    def cut(self, picture: bytes | torch.Tensor, key: int, channels: int) -> torch.Tensor:
-        """One picture as a square, uint8 [C, S, S]. Raises DataError where it cannot be decoded."""
+    def cut(
+        self, picture: bytes | torch.Tensor, key: int, channels: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One picture as a square, uint8 [C, S, S], written to out if given. Raises DataError if it cannot be decoded."""
         plan = self.geometry.plan(key)
-        image_CHW = decode(picture, "", channels, plan) if isinstance(picture, bytes) else crop_resized(picture, plan)
-        return self.geometry.turn(image_CHW, key) if self.geometry.cut == "random" else image_CHW
+        if out is None:
+            out = torch.empty((channels, self.geometry.size, self.geometry.size), dtype=torch.uint8)
+        if isinstance(picture, bytes):
+            decode(picture, "", channels, plan, out)
+        else:
+            out.copy_(crop_resized(picture, plan))
+        if self.geometry.cut == "random":
+            self.geometry.turn(out, key)
+        return out
 
     def cut_all(self, images_BCHW: torch.Tensor) -> torch.Tensor | None:
         """The same for pictures of one size at once; None where each has a cut of its own."""
