@@ -36,7 +36,7 @@ from data.sources import Source, TensorSource
 
 Where = Literal["ram", "disk"]
 
-FORMAT = 1
+FORMAT = 2
 DECODERS = ("torch", "torchvision", "pillow")  # their versions define the pixels
 
 

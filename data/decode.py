@@ -28,6 +28,7 @@ FORMATS = {"JPEG": 9, "PNG": 12, "BMP": 12, "PPM": 12, "TIFF": 12, "GIF": 12, "W
 MEMORY_BYTES = 470_000_000  # of one picture: 52 megapixels as JPEG, 39 as PNG, 22 as WebP
 WIDE_MODES, WIDE_BYTES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F"), 16
 STRIP_ROWS = 256
+HALVED_PIXELS = 500_000  # no smaller JPEG picture is decoded at 1/2: Pillow then loses more in resizing than it saves
 GREY_MODES = ("1", "L", "LA", "La", *WIDE_MODES)
 TRANSPOSED, ROWS_FLIPPED, COLUMNS_FLIPPED = (5, 6, 7, 8), (3, 4, 7, 8), (2, 3, 6, 7)  # orientations, EXIF tag 274
 METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # Pillow's names of what may tell a rotation
@@ -73,17 +74,17 @@ def decode(
         if header.plain_bands:
             part_CHW = cut_jpeg(header, data, stored_box, stored_size, channels, out if orientation == 1 else None)
         else:
-            part_CHW = cut_any(header.image, stored_box, stored_size, channels)
+            part_CHW = cut_any(header.image or opened(data), stored_box, stored_size, channels)
     if part_CHW is out:
         return out
     image_CHW = upright(part_CHW, orientation).expand(channels, -1, -1)
     return image_CHW.contiguous() if out is None else out.copy_(image_CHW)
 
 
-def crop_resized(image_CHW: torch.Tensor, plan: Plan) -> torch.Tensor:
+def crop_resized(image_CHW: torch.Tensor, plan: Plan, out: torch.Tensor | None = None) -> torch.Tensor:
     """The same for pixels that are decoded already: uint8 in and out, contiguous; the input where nothing changes."""
     box, out_size = plan(*image_CHW.shape[1:])
-    return resized(cropped(image_CHW, box), out_size).contiguous()
+    return resized(cropped(image_CHW, box), out_size, out).contiguous()
 
 
 @contextmanager
@@ -175,7 +176,7 @@ def cut_jpeg(
     header: Header, data: bytes, box: Box, out_size: tuple[int, int], channels: int, out: torch.Tensor | None
 ) -> torch.Tensor:
     """torchvision's decoder, or Pillow's where it can reduce. Both refuse the same files: a file that ends early."""
-    scale = reduction(box, out_size)
+    scale = reduction(box, out_size, header.height * header.width)
     if scale > 1:
         return cut_reduced_jpeg(header.image or opened(data), scale, box, out_size, channels)
     bands = min(channels, header.plain_bands)
@@ -190,10 +191,11 @@ def cut_jpeg(
     return resized(cropped(stored_CHW, box), out_size, out if bands == channels else None)
 
 
-def reduction(box: Box, out_size: tuple[int, int]) -> int:
+def reduction(box: Box, out_size: tuple[int, int], stored_pixels: int) -> int:
     """The largest of 1, 2, 4, 8 by which a box can be reduced and still have the pixels asked for."""
     ratio = min(box.height / out_size[0], box.width / out_size[1])
-    return next((scale for scale in (8, 4, 2) if ratio >= scale), 1)
+    scales = (8, 4, 2) if stored_pixels >= HALVED_PIXELS else (8, 4)
+    return next((scale for scale in scales if ratio >= scale), 1)
 
 
 def cut_reduced_jpeg(
@@ -267,7 +269,7 @@ def cropped(image_CHW: torch.Tensor, box: Box) -> torch.Tensor:
 def resized(image_CHW: torch.Tensor, out_size: tuple[int, int], out: torch.Tensor | None = None) -> torch.Tensor:
     """Bilinear, antialiased: what torch's interpolate does, which cannot write into out (40 us less)."""
     if image_CHW.shape[1:] == out_size:
-        return image_CHW
+        return image_CHW if out is None else out.copy_(image_CHW)
     if out is None:
         return interpolate(image_CHW[None], size=out_size, mode="bilinear", antialias=True)[0]
     torch.ops.aten._upsample_bilinear2d_aa.out(image_CHW[None], out_size, False, None, None, out=out[None])

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 START, END, SCAN = b"\xff\xd8", b"\xff\xd9", 0xDA
 FRAMES = (0xC0, 0xC2)  # baseline and progressive
-PASSED = (0xC4, 0xDB, 0xDD, 0xFE)  # Huffman and quantization tables, restart interval, comment
-JFIF = 0xE0
+# Huffman and quantization tables, restart interval, comment, JFIF: the least length that is no damage to Pillow.
+PASSED = {0xC4: 2, 0xDB: 2, 0xDD: 2, 0xFE: 2, 0xE0: 16}
 
 
 class Frame(NamedTuple):
@@ -22,17 +22,17 @@ def plain_frame(data: bytes) -> Frame | None:
     place, frame = 2, None
     if data[:2] != START:
         return None
-    while data[place : place + 1] == b"\xff" and place + 4 <= len(data):
+    while place + 10 <= len(data) and data[place] == 0xFF:
         marker, length = data[place + 1], data[place + 2] << 8 | data[place + 3]
-        if marker in FRAMES and frame is None and place + 10 <= len(data):
+        if marker in FRAMES and frame is None:
             height, width = data[place + 5] << 8 | data[place + 6], data[place + 7] << 8 | data[place + 8]
-            frame = Frame(height, width, data[place + 9])
-            if data[place + 4] != 8 or frame.bands not in (1, 3) or length != 8 + 3 * frame.bands or not height * width:
+            bits, bands = data[place + 4], data[place + 9]
+            if bits != 8 or bands not in (1, 3) or length != 8 + 3 * bands or not height * width:
                 return None
+            frame = Frame(height, width, bands)
         elif marker == SCAN:
-            complete = length >= 2 and data.rfind(END) >= place + 2 + length
-            return frame if complete else None
-        elif marker not in PASSED and not (marker == JFIF and length >= 16) or length < 2:
+            return frame if data.rfind(END) >= place + 2 + max(length, 2) else None
+        elif length < PASSED.get(marker, 65536):
             return None
         place += 2 + length
     return None

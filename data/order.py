@@ -32,9 +32,12 @@ class Use(IntEnum):
     BLOCKS = 9
 
 
-def mix(*values: int) -> int:
-    """Fold integers into one 64-bit key by splitmix64 (Steele et al. 2014): equal on every machine and version."""
-    key = GOLDEN
+def mix(*values: int, after: int = GOLDEN) -> int:
+    """Fold integers into one 64-bit key by splitmix64 (Steele et al. 2014): equal on every machine and version.
+
+    `mix(1, 2, 3)` is `mix(3, after=mix(1, 2))`.
+    """
+    key = after
     for value in values:
         key = ((key ^ (value & MASK)) + GOLDEN) & MASK
         key = ((key ^ (key >> 30)) * MULTIPLY_1) & MASK

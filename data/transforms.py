@@ -31,14 +31,14 @@ class Transform:
     def cut(
         self, picture: bytes | torch.Tensor, key: int, channels: int, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """One picture as a square, uint8 [C, S, S], written to out if given. Raises DataError if it cannot be decoded."""
+        """One picture as a square, uint8 [C, S, S], in out if that is given. Raises DataError if it is no picture."""
         plan = self.geometry.plan(key)
         if out is None:
             out = torch.empty((channels, self.geometry.size, self.geometry.size), dtype=torch.uint8)
         if isinstance(picture, bytes):
             decode(picture, "", channels, plan, out)
         else:
-            out.copy_(crop_resized(picture, plan))
+            crop_resized(picture, plan, out)
         if self.geometry.cut == "random":
             self.geometry.turn(out, key)
         return out

@@ -19,6 +19,7 @@ import data.decode
 from configs.errors import DataError
 from data.decode import channels_of, crop_resized, decode
 from data.geometry import Box, Geometry
+from data.jpeg import Frame, plain_frame
 from tests.conftest import ROOT
 
 
@@ -252,16 +253,102 @@ def test_damaged_metadata_do_not_matter():
 @pytest.mark.parametrize("scale", [2, 4, 8])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(481, 643), (480, 640), (487, 645)])
-def test_a_reduced_jpeg_shows_the_same_as_a_full_one(size, channels, scale):
+def test_a_reduced_jpeg_shows_the_same_as_a_full_one(size, channels, scale, monkeypatch):
+    monkeypatch.setattr(data.decode, "HALVED_PIXELS", 0)
     file = encoded(photograph(*size), "JPEG", quality=90)
     for box in (Box(37, 51, 400, 500), Box(size[0] - 321, size[1] - 401, 321, 401), Box(0, 0, *size)):
         out_size = (box.height // scale - 1, box.width // scale - 1)
-        assert data.decode.reduction(box, out_size) == scale
+        assert data.decode.reduction(box, out_size, size[0] * size[1]) == scale
         plan = cut(box, *out_size)
         full, reduced = crop_resized(decode(file, "x", channels), plan), decode(file, "x", channels, plan)
         apart = (full.float() - reduced.float()).abs()
         assert apart.mean() < 0.8
         assert apart.max() < 12
+
+
+def test_small_jpegs_are_reduced_by_4_and_8_alone():
+    def scale(ratio: int, pixels: int) -> int:
+        return data.decode.reduction(Box(0, 0, 10 * ratio, 10 * ratio), (10, 10), pixels)
+
+    assert [scale(ratio, 499_999) for ratio in (1, 2, 3, 4, 8, 9)] == [1, 1, 1, 4, 8, 8]
+    assert [scale(ratio, 500_000) for ratio in (1, 2, 3, 4, 8, 9)] == [1, 2, 2, 4, 8, 8]
+
+
+JPEG = encoded(photograph(60, 80), "JPEG", comment=b"two words")
+PLAIN_JPEGS = {
+    "baseline": JPEG,
+    "progressive": encoded(photograph(60, 80), "JPEG", progressive=True),
+    "grey": encoded(photograph(60, 80).convert("L"), "JPEG"),
+    "restart intervals": encoded(photograph(60, 80), "JPEG", restart_marker_blocks=3, optimize=True),
+    "without JFIF": JPEG[:2] + JPEG[20:],
+}
+OTHER_JPEGS = {
+    "rotated": encoded(photograph(60, 80), "JPEG", exif=exif_of(6)),
+    "colour profile": encoded(photograph(60, 80), "JPEG", icc_profile=b"profile" * 20),
+    "CMYK": encoded(photograph(60, 80).convert("CMYK"), "JPEG"),
+    "several pictures": encoded(photograph(60, 80), "MPO", save_all=True, append_images=[photograph(60, 80, seed=1)]),
+    "bytes between segments": JPEG[:20] + b"\xff" + JPEG[20:],
+    "a short JFIF segment": JPEG[:2] + b"\xff\xe0\0\x06JFIF" + JPEG[20:],
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN_JPEGS)
+def test_the_header_of_a_plain_jpeg_is_read_without_pillow(kind, monkeypatch):
+    assert plain_frame(PLAIN_JPEGS[kind]) == Frame(60, 80, 1 if kind == "grey" else 3)
+    assert plain_frame(PLAIN_JPEGS[kind][:-2]) is None  # its end is missing
+    monkeypatch.setattr(data.decode, "opened", None)
+    decode(PLAIN_JPEGS[kind], "x", 3)
+
+
+@pytest.mark.parametrize("kind", OTHER_JPEGS)
+def test_pillow_judges_any_other_jpeg(kind):
+    assert plain_frame(OTHER_JPEGS[kind]) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*(EXIF|Tag data|MPO)")
+def test_jpegs_are_judged_as_by_pillow_and_have_the_same_pixels(monkeypatch, capfd):
+    """Sound ones, and ones with damaged headers."""
+    generator = np.random.default_rng(0)
+    sound = [*PLAIN_JPEGS.values(), *OTHER_JPEGS.values()]
+    files, plain = list(sound), 0
+    for number in range(400):
+        file = sound[number % len(sound)]
+        damaged = bytearray(file)
+        places = [place for place in range(2, file.index(b"\xff\xda") + 14) if number % 3 or file[place] == 0xFF]
+        damaged[generator.choice(places) + generator.integers(4)] = generator.choice(
+            [0, 1, 3, 8, 0xC0, 0xDA, 0xE0, 0xFF]
+        )
+        files.append(bytes(damaged))
+    for file in files:
+        plain += plain_frame(file) is not None
+        one = pixels_or_refusal(file)
+        with monkeypatch.context() as patch:
+            patch.setattr(data.decode, "plain_frame", lambda data: None)
+            other = pixels_or_refusal(file)
+        assert one is other is None or torch.equal(one, other)
+    assert 80 < plain < 320
+    capfd.readouterr()
+
+
+def pixels_or_refusal(file: bytes) -> torch.Tensor | None:
+    try:
+        return decode(file, "x", 3)
+    except DataError:
+        return None
+
+
+@pytest.mark.parametrize("kind", ["RGB", "L", "JPEG", "grey JPEG", "CMYK in JPEG"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_are_written_to_a_given_place(kind, channels):
+    file, height, width = CORPUS[kind][0], *CORPUS[kind][2].shape[:2]
+    for plan in (cut(Box(1, 2, height - 2, width - 3), 9, 11), cut(Box(0, 0, height, width), height, width)):
+        expected = decode(file, "x", channels, plan)
+        batch = torch.full((3, *expected.shape), 77, dtype=torch.uint8)
+        assert decode(file, "x", channels, plan, out=batch[1]).data_ptr() == batch[1].data_ptr()
+        assert torch.equal(batch[1], expected)
+        assert torch.equal(crop_resized(decode(file, "x", channels), plan, out=batch[1].fill_(0)), batch[1])
+        assert difference(batch[1], expected) <= 1
+        assert (batch[::2] == 77).all()
 
 
 def test_without_torchvisions_decoder_the_pixels_are_the_same(monkeypatch):

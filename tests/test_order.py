@@ -29,7 +29,7 @@ from tests.conftest import ROOT
 
 def test_mix_gives_the_same_keys_on_every_machine():
     assert mix(0) == 0x6E789E6AA1B965F4  # the second number of the published splitmix64 from seed 0
-    assert mix(1, 2, 3) == 0x48CF5028B6DF10DB
+    assert mix(1, 2, 3) == mix(3, after=mix(1, 2)) == 0x48CF5028B6DF10DB
     code = "from data.order import mix, permutation; print(mix(1, 2, 3), permutation(5, 6, 9).tolist())"
     said = {
         subprocess.run(
