@@ -130,6 +130,8 @@ class RunOptions:
     """Folder of the run folders."""
     resume: str = "auto"
     """`auto` continues the run of `--experiment_name`, `never` refuses to, a path continues that run or checkpoint."""
+    fresh: bool = False
+    """Begin anew where `--experiment_name` exists, in a folder of its own (NAME-2)."""
     seed: int = 0
     """Seed of weights, order, augmentation and dropout."""
     deterministic: bool = False
@@ -140,6 +142,8 @@ class RunOptions:
     """Optimizer steps between two lines of metrics.jsonl."""
     save_every_steps: int | None = None
     """Save a checkpoint every so many optimizer steps, besides the one after each epoch."""
+    save_every_minutes: float | None = None
+    """Save a checkpoint whenever so many minutes have passed since the last one."""
     keep_last: int = 2
     """Newest checkpoints kept."""
     keep_best: int = 1
@@ -154,6 +158,10 @@ class RunOptions:
     """Stop after `--patience` evaluations without improvement."""
     patience: int = 10
     """Evaluations without improvement before early stopping."""
+    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """A loss or gradient that is not finite: stop (exit code 3), skip the update, or go back to the last checkpoint."""
+    max_nonfinite: int = 10
+    """How many such steps are skipped or gone back from before the run stops."""
     stop_after_steps: int | None = None
     """End this session after so many optimizer steps, saved; the same command continues (exit code 75)."""
     trace_samples: bool = False
@@ -183,13 +191,15 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
                 "num_classes"),
             0: ("warmup_steps", "keep_best", "num_workers", "min_delta", "mixup", "cutmix", "weight_decay", "seed",
                 "split_seed", "mix_off_epoch", "lr", "label_smoothing", "ema_decay", "random_erasing", "dropout",
-                "momentum", "decay_factor", "max_bad_fraction"),
+                "momentum", "decay_factor", "max_bad_fraction", "max_nonfinite"),
         }  # fmt: skip
         for minimum, names in at_least.items():
             for name in names:
                 value = getattr(self, name)
                 if value is not None and not minimum <= value < float("inf"):
                     raise ConfigError(f"--{name} is {value}: it must be a number from {minimum} on")
+        if self.save_every_minutes is not None and not 0 < self.save_every_minutes < float("inf"):
+            raise ConfigError(f"--save_every_minutes is {self.save_every_minutes}: it must be above 0")
         for name in ("label_smoothing", "ema_decay", "dropout", "momentum"):
             if (getattr(self, name) or 0) >= 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must be less than 1")

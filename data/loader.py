@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -66,6 +67,7 @@ class OrderedLoader:
             batch_sampler=self.draws,  # type: ignore[arg-type]  # of Draws, which the dataset's __getitems__ takes
             collate_fn=as_it_is,
             num_workers=num_workers,
+            worker_init_fn=outlive_a_signal,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # the loader's own seed is not used: keep it from the global generator
@@ -138,6 +140,15 @@ class OrderedLoader:
 
     def note(self, place: int, reason: str) -> None:
         self.bad.append(BadSample(place, self.stream.name(place), reason))
+
+
+def outlive_a_signal(worker: int) -> None:
+    """In a loader process: a signal to the whole group is answered by the process that trains, which still needs its
+    loaders then. A second SIGTERM ends them, and so does the end of their parent."""
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def as_it_is(batch: Any) -> Any:

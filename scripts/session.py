@@ -14,22 +14,25 @@ from data.sequential import SequentialStream
 from data.stream import Stream
 from models.summary import summarize
 from scripts.wiring import build_trainer, device_name
+from trainer import signals
 from trainer.base_trainer import BaseTrainer
 
 EXIT_CODES = {"done": 0, "preempted": 75}
 
 
 def run(config: Config) -> int:
-    trainer, data, lines = build_trainer(config)
-    if trainer.is_main:
-        print_summary(trainer, data, lines)
+    with signals.at_once():  # nothing is to be saved yet
+        trainer, data, lines = build_trainer(config)
+        if trainer.is_main:
+            print_summary(trainer, data, lines)
     result = trainer.train()
     if trainer.is_main:
         print_result(trainer, result)
         if config.push_to_hub and result["state"] == "done":
             from scripts.push import push_folder
 
-            print(push_folder(trainer.run.best, str(config.hub_model_id)))
+            with signals.at_once():
+                print(push_folder(trainer.run.best, str(config.hub_model_id)))
     trainer.accelerator.end_training()
     return EXIT_CODES[result["state"]]
 

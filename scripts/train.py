@@ -8,21 +8,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs uninstalled as well
 
 from configs.arguments import parse  # imports no torch: help and faults answer at once
+from trainer import signals  # nor does this
 
 
 def main(argv: list[str]) -> int:
     config = parse(argv)
-    from scripts.report import fail
+    with signals.noted():  # before the long imports: a signal is answered from here on
+        from scripts.report import fail
 
-    try:
-        from scripts.session import run
+        try:
+            from scripts.session import run
 
-        return run(config)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
-    except Exception as error:
-        return fail(error, debug=config.debug)
+            return run(config)
+        except signals.Preempted as stop:
+            print(f"stopped by {stop.reason} before training; the same command continues", file=sys.stderr)
+            return 75
+        except Exception as error:
+            return fail(error, debug=config.debug)
 
 
 if __name__ == "__main__":

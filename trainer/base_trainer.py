@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,18 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from configs.errors import ConfigError, DataError, Diverged
+from configs.errors import ConfigError, DataError, Diverged, UserError
 from configs.options import Config
 from data.order import Use, mix, seed_device
-from trainer import checkpoint, run_folder, saving
+from trainer import checkpoint, run_folder, saving, signals
+from trainer.agreement import Agreement
 from trainer.bad_samples import BadSamples, ReportingLoader
 from trainer.device import default_threads, make_accelerator, moved_ahead
 from trainer.ema import WeightAverage
 from trainer.losses import Criterion, Losses, Weights, loss_names, total
 from trainer.metrics import CURE, Meter, means
 from trainer.monitor import check_monitor, higher_is_better
+from trainer.nonfinite import NonFinite, poisoned
 from trainer.optim import build_optimizers, clip_gradients, lr_factor
 from trainer.progress import Clock, EpochBar, Table
 from trainer.state import TrainState
@@ -65,12 +68,10 @@ class BaseTrainer(ABC):
             )
         self.batch_share = config.batch_size // processes
 
-        folder, self.resume_from, self.messages = run_folder.find(config)
-        folder = Path(self.same_everywhere(str(folder)))
-        self.run = run_folder.RunFolder(folder, writes=self.is_main)
+        self.run = run_folder.RunFolder(self.from_main(lambda: run_folder.find(config)), writes=self.is_main)
+        self.resume_from, self.messages = self.from_main(self.find_checkpoint)
         self.state = TrainState(wandb_id=uuid4().hex[:12])
         if self.resume_from:
-            self.messages += run_folder.check_same_run(config, folder)
             self.state = TrainState.from_json(checkpoint.read_state(self.resume_from))
         self.set_threads()
 
@@ -90,9 +91,13 @@ class BaseTrainer(ABC):
         reduce = (lambda tensor: self.accelerator.reduce(tensor, "sum")) if processes > 1 else None
         self.reduce = reduce
         self.bad_samples = BadSamples(self.run, config.max_bad_fraction, self.gather_lines)
-        self.meter = Meter(self.hits, reduce)
-        self.grad_norm: Tensor | None = None
+        self.meter = Meter(self.hits, reduce, finite_only=config.nonfinite != "stop")
+        self.nonfinite = NonFinite(self)
+        self.saver = saving.Saver(self)
+        self.agreement = Agreement(processes, words=3)
         self.window = Window([], [], 0)
+        self.lr = 0.0
+        self.grad_norm: Tensor | None = None
         self.clock = Clock()
         self.session_steps = 0
         self.steps_per_epoch = count_steps(train_loader, self.batch_share, config.max_steps)
@@ -154,11 +159,18 @@ class BaseTrainer(ABC):
         )
         if self.is_main:
             print(*self.messages, sep="\n", end="\n" if self.messages else "")
-        saving.load_checkpoint(self)
+        with signals.noted():
+            return self.train_until_stopped()
+
+    def train_until_stopped(self) -> dict[str, Any]:
+        assert self.train_loader is not None
+        self.load_checkpoint()
         if self.finished:
             return {"state": "done", **self.standing()}
         self.open_run()
         try:
+            if self.config.nonfinite == "rollback" and not self.state.step:
+                self.save_checkpoint()  # to go back to
             while not self.finished:
                 results = {"train": self.train_epoch(self.train_loader)}
                 if self.stop_is_due() and not self.epoch_is_complete():
@@ -168,14 +180,17 @@ class BaseTrainer(ABC):
                     self.bad_samples.collect("val", self.val_loader, self.state.step)
                 self.finish_epoch(results)
                 if self.stop_is_due() and not self.finished:
-                    return self.leave("preempted", "stop_after_steps", saved=True)
-            return self.leave("done", "", saved=True)
+                    return self.leave("preempted", "stop_after_steps")
+            return self.leave("done", "")
+        except signals.Preempted as stop:
+            return self.leave("preempted", stop.reason)
         except BaseException as error:
             state = "diverged" if isinstance(error, Diverged) else "failed"
             with suppress(OSError):  # a full disk must not hide what is being told
                 self.run.status(state, **self.standing(), reason=str(error)[:1000] or type(error).__name__)
             raise
         finally:
+            self.saver.close()
             for tracker in self.trackers:
                 tracker.finish(self.run.best)
             self.run.close()
@@ -209,7 +224,7 @@ class BaseTrainer(ABC):
         self.log_metrics(results)
         self.table.line(state.epoch, results, self.clock.speed(), best=is_best)
         if is_best:
-            saving.save_best(self, judged)
+            self.from_main(lambda: saving.save_best(self, judged))
         ranked = sorted([*state.best_steps, (value, state.step)], key=lambda e: (-e[0] if higher else e[0], e[1]))
         state.best_steps = ranked[: config.keep_best]
         if self.exhausted or state.step_in_epoch >= self.steps_per_epoch:
@@ -226,9 +241,9 @@ class BaseTrainer(ABC):
         flat = {f"{part}/{name}": value for part, values in results.items() for name, value in values.items()}
         self.track({name.replace("train/", "epoch/", 1): value for name, value in flat.items()})
 
-    def leave(self, state: str, reason: str, *, saved: bool = False) -> dict[str, Any]:
-        if not saved:
-            self.save_checkpoint()
+    def leave(self, state: str, reason: str) -> dict[str, Any]:
+        self.save_checkpoint()
+        self.saver.finish()
         result = {"state": state, **self.standing()}
         self.run.status(**result, reason=reason)
         return result
@@ -284,6 +299,7 @@ class BaseTrainer(ABC):
     def micro_batches(self, window: Window) -> Iterator[Batch]:
         """Each micro-batch on the device, with the generators seeded by its place, ready for `optimize`."""
         self.window = window
+        self.nonfinite.keep_buffers()
         offset = self.accelerator.process_index * self.batch_share
         for number, batch in enumerate(window.batches):
             window.number = number
@@ -313,20 +329,21 @@ class BaseTrainer(ABC):
         loss, window, config, state = total(losses), self.window, self.config, self.state
         if len(window.batches) > 1 or self.reduce is not None:  # a mean over part of the window weighs by its part
             loss = loss * (window.counts[window.number] * self.accelerator.num_processes / window.total)
+        loss = poisoned(loss)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if not window.is_last:
             return
-        if config.grad_clip is not None:
-            if self.scaler is not None:
-                for optimizer in self.optimizers:
-                    self.scaler.unscale_(optimizer)
-            self.grad_norm = clip_gradients(self.parameters, config.grad_clip)
+        if self.scaler is not None:
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+        self.grad_norm = clip_gradients(self.parameters, config.grad_clip)
         self.lr = config.lr * self.lr_factor()
-        # the optimizers themselves: Accelerate's wrappers look for an optional package at every step, 139 us
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr
-            optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
+        if self.nonfinite.allows_update(loss.detach() if self.scaler is not None else self.grad_norm):
+            # the optimizers themselves: Accelerate's wrappers look for an optional package at every step, 139 us
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.lr
+                optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
         if self.scaler is not None:
             self.scaler.update()
         for parameter in self.parameters:
@@ -347,25 +364,52 @@ class BaseTrainer(ABC):
     def after_step(self, bar: EpochBar) -> bool:
         """A step's log line and checkpoint where they are due; True where training stops here."""
         state, config = self.state, self.config
+        stops = self.stop_is_due() or state.step >= self.total_steps
+        at_end = state.step_in_epoch >= self.steps_per_epoch or stops  # then the save waits for the evaluation
+        logs = state.step % config.log_every == 0 or state.step == 1
+        saves = config.save_every_steps is not None and state.step % config.save_every_steps == 0
         bar.step()
         if config.trace_samples:
             self.trace_samples()
-        if state.step % config.log_every == 0 or state.step == 1:
+        if self.nonfinite.looks_at_once or logs or saves or at_end:
+            self.nonfinite.settle()
+        if logs:
             self.log_step(bar)
-        stops = self.stop_is_due() or state.step >= self.total_steps
-        at_end = state.step_in_epoch >= self.steps_per_epoch or stops  # then the save waits for the evaluation
-        if config.save_every_steps and state.step % config.save_every_steps == 0 and not at_end:
+        if (self.poll() or saves) and not at_end:
             self.save_checkpoint()
         return stops
+
+    def poll(self) -> bool:
+        """Hear what other processes want; True where --save_every_minutes asks for a save.
+
+        Raises Preempted on all processes at the same step, and UserError where a checkpoint could not be written.
+        """
+        minutes, reason = self.config.save_every_minutes, signals.stop_reason()
+        due = minutes is not None and self.is_main and time.monotonic() - self.saver.last_save >= 60 * minutes
+        stop = signals.REASONS.index(reason) + 1 if reason else 0
+        stop, save, failed = self.agreement.exchange(stop, int(due), int(self.saver.failed))
+        if failed:
+            self.saver.finish()
+        if stop:
+            raise signals.Preempted(signals.REASONS[stop - 1])
+        return bool(save)
+
+    def polled(self, val_loader: Iterable[Any]) -> Iterable[Any]:
+        """An evaluation can be stopped, too: it is done anew when the run goes on. Loaders of this project alone
+        have as many batches on each process, so that all hear the same."""
+        if self.reduce is not None and not isinstance(val_loader, ReportingLoader):
+            yield from val_loader
+            return
+        for batch in val_loader:
+            self.poll()
+            yield batch
 
     def log_step(self, bar: EpochBar) -> None:
         """The means since the last log line. Here, and nowhere else in the loop, the device is waited for."""
         self.meter.read(self.state.window_sums, self.state.epoch_sums)
         values = {**means(self.state.window_sums), "lr": self.lr}
-        if self.grad_norm is not None:
-            values["grad_norm"] = float(self.grad_norm)
-            if self.scaler is None and not math.isfinite(values["grad_norm"]):
-                raise Diverged(f"the gradient's norm is {values['grad_norm']} at step {self.state.step}", fix=CURE)
+        if self.grad_norm is not None and math.isfinite(norm := float(self.grad_norm)):
+            values["grad_norm"] = norm
         self.state.window_sums = {}
         self.share_bad_samples()
         self.run.log("train", {"step": self.state.step, "epoch": self.state.epoch, **values})
@@ -382,7 +426,8 @@ class BaseTrainer(ABC):
         return gather_object(lines)
 
     def log_speed(self) -> None:
-        values = self.clock.speed()
+        values = self.clock.speed() | {"save_stall_seconds": self.saver.stall_seconds}
+        self.saver.stall_seconds = 0.0
         if self.device.type == "cuda":
             values["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         self.run.log("speed", {"step": self.state.step, "epoch": self.state.epoch, **values})
@@ -408,10 +453,31 @@ class BaseTrainer(ABC):
 
     def save_checkpoint(self) -> None:
         self.meter.read(self.state.window_sums, self.state.epoch_sums)  # raises Diverged on a loss of NaN
-        if not all(bool(p.isfinite().all()) for p in self.parameters):
-            raise Diverged(f"a weight is not finite after step {self.state.step}", fix=CURE)
+        if name := self.name_of_non_finite():
+            raise Diverged(f"{name} is not finite after step {self.state.step}", fix=CURE)
         self.share_bad_samples()
-        saving.save_checkpoint(self)
+        self.saver.save()
+        self.run.status("running", **self.standing())
+
+    def name_of_non_finite(self) -> str:
+        """The weight or buffer that must not be saved."""
+        tensors = self.plain_model.state_dict().items()
+        return next((name for name, t in tensors if t.is_floating_point() and not t.isfinite().all()), "")
+
+    def load_checkpoint(self) -> None:
+        """Take up the checkpoint that the run continues from, once: a second train() goes on from where it is."""
+        folder, self.resume_from = self.resume_from, None
+        if folder is not None:
+            saving.load_checkpoint(self, folder)
+            self.saver.saved = self.state.to_json()
+            if self.is_main:
+                print(f"continuing {self.run.path} after step {self.state.step} (epoch {self.state.epoch + 1})")
+
+    def roll_back(self) -> int:
+        """Go back to the weights of the newest checkpoint, and forward over the data since; the step of the weights."""
+        folder = saving.roll_back(self)
+        self.save_checkpoint()
+        return checkpoint.step_of(folder) or 0
 
     def open_run(self) -> None:
         config = self.config
@@ -421,6 +487,10 @@ class BaseTrainer(ABC):
         if self.is_main:
             for line in checkpoint.set_aside(self.run.checkpoints, self.state.step):
                 print(line)
+        unnamed = config.resume == "auto" and (config.experiment_name is None or config.fresh)
+        if self.from_main(lambda: self.run.create(only_new=unnamed and not self.state.step)) and self.is_main:
+            print(f"run       {self.run.path}, since another run took the name")
+        self.run.move_to(self.from_main(lambda: self.run.path))
         self.run.open(
             config,
             run_folder.environment(
@@ -439,6 +509,14 @@ class BaseTrainer(ABC):
     def check_config(self) -> None:
         """What only the loaders' lengths and the number of processes tell."""
         config = self.config
+        samples = getattr(self.train_loader, "size", None)
+        if self.resume_from and self.state.train_samples not in (None, samples):
+            raise ConfigError(
+                f"the run was begun with {self.state.train_samples:,} training samples, now there are {samples or 0:,}",
+                where=str(self.run.path),
+                fix="put the data back, or begin a run of another --experiment_name",
+            )
+        self.state.train_samples = samples
         if not config.max_steps and self.train_loader is not None and config.warmup_steps >= self.total_steps:
             raise ConfigError(
                 f"--warmup_steps {config.warmup_steps} must be less than the run's {self.total_steps} steps"
@@ -460,8 +538,26 @@ class BaseTrainer(ABC):
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
 
-    def same_everywhere(self, text: str) -> str:
-        """The main process's words on every process."""
+    def find_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The checkpoint to continue from, in a folder that is this process's alone from here on."""
+        self.run.lock()
+        if self.run.checkpoints.is_dir() and self.run.locked:
+            checkpoint.tidy(self.run.checkpoints)
+        found, lines = run_folder.find_checkpoint(self.config, self.run.path)
+        return found, lines + (run_folder.check_same_run(self.config, self.run.path) if found else [])
+
+    def from_main(self, work: Callable[[], Any]) -> Any:
+        """What the main process's work returns, on every process; its error, too, so that none waits for ever."""
         if self.accelerator.num_processes == 1:
-            return text
-        return broadcast_object_list([text])[0]
+            return work()
+        result = error = told = None
+        if self.is_main:
+            try:
+                result = work()
+            except Exception as fault:
+                error = fault
+                told = fault if isinstance(fault, UserError) else UserError(f"the main process failed: {fault}")
+        result, told = broadcast_object_list([result, told])
+        if told is not None:
+            raise error or told
+        return result

@@ -50,7 +50,7 @@ class MainTrainer(BaseTrainer):
         self.model.eval()
         meter, sums, metrics = Meter(None, self.reduce), Sums(), self.new_metrics()
         with self.averaged():
-            for batch in moved_ahead(val_loader, self.device, self.on_device):
+            for batch in moved_ahead(self.polled(val_loader), self.device, self.on_device):
                 losses, predictions = self.forward_pass(batch)
                 count = self.count(batch)
                 meter.add(losses, count, (), self.state.step)

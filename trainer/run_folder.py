@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ MAY_CHANGE = {
     "epochs", "max_steps", "num_workers", "cpu_threads", "log_every", "save_every_steps", "keep_last", "keep_best",
     "use_tensorboard", "use_wandb", "wandb_project", "push_to_hub", "hub_model_id", "trace_samples", "debug",
     "stop_after_steps", "early_stopping", "patience", "resume", "experiment_name", "output_dir", "test_data_dir",
-    "max_bad_fraction",
+    "max_bad_fraction", "save_every_minutes", "fresh", "nonfinite", "max_nonfinite",
 }  # fmt: skip
 
 
@@ -30,42 +33,109 @@ class RunFolder:
     """Paths and files of one run. Only the main process writes."""
 
     def __init__(self, path: Path, *, writes: bool = True):
-        self.path, self.writes = path, writes
-        self.checkpoints, self.best = path / "checkpoints", path / "best"
+        self.writes = writes
+        self.move_to(path)
         self._metrics: Any = None
         self._samples: Any = None
+        self._lock: Any = None
+
+    def lock(self) -> None:
+        """Keep other processes out as long as this one lives. Raises ConfigError where one is in the folder.
+
+        A record lock: the kernel drops it with the process, even a killed one, and loader processes do not inherit it.
+        """
+        if not self.writes or self._lock or not self.path.is_dir():
+            return
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        file = (self.path / ".lock").open("a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return  # a filesystem without locks
+            raise ConfigError(
+                f"the run is being trained by {owner}",
+                where=str(self.path),
+                fix="wait for it or stop it; or choose another --experiment_name, or --fresh for a new folder",
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        self._lock = file
+
+    @property
+    def locked(self) -> bool:
+        return self._lock is not None
+
+    def create(self, *, only_new: bool) -> bool:
+        """Make the folder and lock it. only_new: one that exists belongs to another run, so take the next free name;
+        True where that happened."""
+        if not self.writes:
+            return False
+        path = self.path
+        try:
+            while True:
+                try:
+                    self.path.mkdir(parents=True, exist_ok=not only_new)
+                    break
+                except FileExistsError:
+                    self.move_to(free_name(path))
+            self.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise self.cannot_write(error) from None
+        self.lock()
+        return self.path != path
+
+    def move_to(self, path: Path) -> None:
+        self.path, self.checkpoints, self.best = path, path / "checkpoints", path / "best"
 
     def open(self, config: Config, environment: dict[str, Any]) -> None:
-        """Make the folder and write what the run is."""
+        """Write what the run is, and begin its files of lines."""
         if not self.writes:
             return
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_whole(self.path / "config.yaml", saved_yaml(config))
             write_whole(self.path / "env.json", json.dumps(environment, indent=1))
             self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
             if config.trace_samples:
                 self._samples = (self.path / "samples.jsonl").open("a", buffering=1)
         except OSError as error:
-            raise UserError(
-                f"cannot write the run folder: {error.strerror}",
-                where=str(self.path),
-                fix="choose another --output_dir",
-            ) from None
+            raise self.cannot_write(error) from None
+
+    def cannot_write(self, error: OSError) -> UserError:
+        return UserError(
+            f"cannot write the run folder: {error.strerror}", where=str(self.path), fix="choose another --output_dir"
+        )
 
     def log(self, kind: str, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
         if self._metrics:
-            self._metrics.write(json.dumps({"kind": kind, **values}) + "\n")
+            self._write(self._metrics, {"kind": kind, **values})
 
     def log_samples(self, step: int, epoch: int, ids: list[int]) -> None:
         if self._samples:
-            self._samples.write(json.dumps({"step": step, "epoch": epoch, "ids": ids}) + "\n")
+            self._write(self._samples, {"step": step, "epoch": epoch, "ids": ids})
 
     def log_bad_sample(self, line: dict[str, Any]) -> None:
         if self.writes:
             with (self.path / "bad_samples.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                self._write(file, line)
+
+    def _write(self, file: Any, line: dict[str, Any]) -> None:
+        try:
+            file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"a line of {Path(file.name).name} could not be written: {error.strerror}",
+                where=str(self.path),
+                fix="free some space; checkpoints stand, the same command continues from the newest",
+            ) from None
 
     def status(self, state: str, **values: Any) -> None:
         """status.json: the truth about how a run ended, whatever the launcher says."""
@@ -87,10 +157,11 @@ class RunFolder:
                 write_whole(path, "".join(line + "\n" for line in kept))
 
     def close(self) -> None:
-        for file in (self._metrics, self._samples):
+        for file in (self._metrics, self._samples, self._lock):
             if file:
-                file.close()
-        self._metrics = self._samples = None
+                with suppress(OSError):  # of a full disk; it has been told
+                    file.close()
+        self._metrics = self._samples = self._lock = None
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -114,37 +185,43 @@ def saved_yaml(config: Config) -> str:
     return to_yaml(config, without=NOT_SAVED)
 
 
-def find(config: Config) -> tuple[Path, Path | None, list[str]]:
-    """The folder of this run, the checkpoint it continues from, and lines to tell about it.
-
-    Raises where there is a run that must not be touched, or none to continue.
-    """
+def find(config: Config) -> Path:
+    """The folder of this run. Raises ConfigError where there is one that must not be touched."""
     root = Path(config.output_dir)
     if config.resume not in ("auto", "never"):
         given = Path(config.resume).resolve()
-        if checkpoint.step_of(given) is not None:
-            wrong = checkpoint.fault(given)
-            if wrong:
-                raise UserError(
-                    f"the checkpoint is damaged: {wrong}",
-                    where=str(given),
-                    fix=f"--resume {given.parent.parent}",
-                )
-            return given.parent.parent, given, []
-        newest, lines = checkpoint.newest_valid(given / "checkpoints")
-        return given, newest, lines
+        return given.parent.parent if checkpoint.step_of(given) is not None else given
     if config.experiment_name is None:
-        stem = time.strftime("%Y%m%d-%H%M%S-") + f"{config.model}-{Path(config.train_data_dir or config.dataset).name}"
-        names = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
-        return next(root / name for name in names if not (root / name).exists()), None, []
+        data = Path(config.train_data_dir or config.dataset).name
+        return free_name(root / (time.strftime("%Y%m%d-%H%M%S-") + f"{config.model}-{data}"))
     path = root / config.experiment_name
-    newest, lines = checkpoint.newest_valid(path / "checkpoints")
     if config.resume == "never" and path.exists():
         raise ConfigError(
             f"--resume never, but {path} exists",
             fix="choose another --experiment_name, or leave --resume out to continue it",
         )
-    return path, newest, lines
+    return free_name(path) if config.fresh else path
+
+
+def free_name(path: Path) -> Path:
+    """The path itself, or with the first number that is free: x, x-2, x-3, ..."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(found for found in itertools.chain([path], numbered) if not found.exists())
+
+
+def find_checkpoint(config: Config, path: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue from, None for a new run; and lines to tell about it.
+
+    Raises UserError where it is damaged, or where there are some and none is intact.
+    """
+    given = Path(config.resume).resolve()
+    if config.resume not in ("auto", "never") and checkpoint.step_of(given) is not None:
+        if wrong := checkpoint.fault(given):
+            raise UserError(
+                f"the checkpoint is damaged: {wrong}", where=str(given), fix=f"--resume {given.parent.parent}"
+            )
+        return given, []
+    return checkpoint.newest_valid(path / "checkpoints")
 
 
 def check_same_run(config: Config, path: Path) -> list[str]:

@@ -20,6 +20,8 @@ class TrainState:
     plateau: Progress = field(default_factory=Progress)
     plateau_factor: float = 1.0
     best_steps: list[tuple[float, int]] = field(default_factory=list)  # (value, step) of the best checkpoints
+    nonfinite_steps: int = 0  # skipped, or gone back from
+    train_samples: int | None = None  # that the order is a permutation of
     cpu_threads: int = 1
     wandb_id: str = ""
 
