@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -143,12 +144,17 @@ class OrderedLoader:
 
 
 def outlive_a_signal(worker: int) -> None:
-    """In a loader process: a signal to the whole group is answered by the process that trains, which still needs its
-    loaders then. A second SIGTERM ends them, and so does the end of their parent."""
-    for name in ("SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    """In a loader process: a signal to the whole group is left to the process that trains, which needs its loaders to
+    come to a good end. SIGTERM is obeyed when it comes from there."""
+    if hasattr(signal, "sigwaitinfo"):  # not on a Mac
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+        threading.Thread(target=obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def obey_parent(parent: int) -> None:
+    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def as_it_is(batch: Any) -> Any:

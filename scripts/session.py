@@ -119,7 +119,7 @@ def print_result(trainer: BaseTrainer, result: dict) -> None:
         )
     print(f"run       {path}")
     if result["state"] == "preempted":
-        print(f"stopped   after step {result['step']:,}, saved; continue with")
+        print(f"stopped   after step {result['step']:,} ({result['reason']}), saved; continue with")
         print(f"          accelerate launch scripts/train.py --resume {path}")
         return
     print("next      python scripts/test.py --weights " + str(path))

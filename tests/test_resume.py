@@ -243,13 +243,14 @@ def test_a_long_output_dir_with_spaces_can_be_continued(tmp_path):
 def test_a_checkpoint_appears_only_when_it_is_whole(tmp_path, monkeypatch):
     hidden, rename, faults = checkpoint.begin(tmp_path, 7), os.rename, []
     (hidden / "model.safetensors").write_bytes(b"weights")
+    (hidden / "state.json").write_text('{"step": 7}')
 
     def noted(source, target):
         faults.append(checkpoint.fault(Path(source)))
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", noted)
-    assert checkpoint.fault(checkpoint.commit(hidden, {"step": 7})) is None
+    assert checkpoint.fault(checkpoint.commit(hidden)) is None
     assert faults == [None]
 
 
@@ -280,7 +281,7 @@ def test_a_full_disk_is_one_block_and_loses_nothing_that_was_saved(tmp_path, mon
     whole.train()
     trainer = started(tmp_path)
     commit = checkpoint.commit
-    monkeypatch.setattr(checkpoint, "commit", lambda *a: full() if trainer.state.step == 4 else commit(*a))
+    monkeypatch.setattr(checkpoint, "commit", lambda hidden: full() if trainer.state.step == 4 else commit(hidden))
     with pytest.raises(UserError, match="the checkpoint of step 4 could not be written: .*No space left") as error:
         trainer.train()
     assert "earlier checkpoints stand" in str(error.value)

@@ -244,8 +244,8 @@ class BaseTrainer(ABC):
     def leave(self, state: str, reason: str) -> dict[str, Any]:
         self.save_checkpoint()
         self.saver.finish()
-        result = {"state": state, **self.standing()}
-        self.run.status(**result, reason=reason)
+        result = {"state": state, **self.standing(), "reason": reason}
+        self.run.status(**result)
         return result
 
     def standing(self) -> dict[str, Any]:
