@@ -11,6 +11,7 @@ from pathlib import Path
 from configs.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -20,7 +21,11 @@ def block(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if type(error).__name__ == "ModelError":
         return str(UserError(str(error))), 2
-    text = (str(error).strip() or type(error).__name__).splitlines()[0][:400]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    in_worker = "in DataLoader worker" in lines[0]  # then its last line is the error
+    text = (lines[-1] if in_worker else lines[0])[:400]
+    if is_of_another_process(error):
+        return str(UserError("this process stops, since another one has ended", fix="see what that one says")), 1
     if isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY):
         fix = "lower --micro_batch_size: the result stays that of the whole --batch_size; or lower --image_size"
         return str(UserError(f"out of memory: {text}", where=place(error), fix=fix)), 1
@@ -28,7 +33,13 @@ def block(error: BaseException) -> tuple[str, int]:
         fix = "free some space, or choose another --output_dir; a saved run continues by the same command"
         return str(UserError(f"cannot write: {text}", where=place(error), fix=fix)), 1
     fix = "run again with --debug for the whole traceback"
-    return str(UserError(f"{type(error).__name__}: {text}", where=place(error), fix=fix)), 1
+    where = ", ".join([place(error), *getattr(error, "__notes__", [])])
+    return str(UserError(text if in_worker else f"{type(error).__name__}: {text}", where=where, fix=fix)), 1
+
+
+def is_of_another_process(error: BaseException) -> bool:
+    """Whether this process only met the end of another."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER)
 
 
 def place(error: BaseException) -> str:

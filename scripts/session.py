@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,11 @@ def run(config: Config) -> int:
             with signals.at_once():
                 print(push_folder(trainer.run.best, str(config.hub_model_id)))
     trainer.accelerator.end_training()
-    return EXIT_CODES[result["state"]]
+    code = EXIT_CODES[result["state"]]
+    if any(tracker.failed for tracker in trainer.trackers):
+        sys.stdout.flush()
+        os._exit(code)  # one that hangs would keep the process from ending
+    return code
 
 
 def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:

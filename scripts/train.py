@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -24,7 +25,10 @@ def main(argv: list[str]) -> int:
             print(f"stopped by {stop.reason} before training; the same command continues", file=sys.stderr)
             return 75
         except Exception as error:
-            return fail(error, debug=config.debug)
+            code = fail(error, debug=config.debug)
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                os._exit(code)  # at once: the others wait for this process, and its end is what they notice
+            return code
 
 
 if __name__ == "__main__":

@@ -32,12 +32,12 @@ from trainer.ema import WeightAverage
 from trainer.losses import Criterion, Losses, Weights, loss_names, total
 from trainer.metrics import CURE, Meter, means
 from trainer.monitor import check_monitor, higher_is_better
-from trainer.nonfinite import NonFinite, poisoned
+from trainer.nonfinite import NonFinite
 from trainer.optim import build_optimizers, clip_gradients, lr_factor
 from trainer.progress import Clock, EpochBar, Table
 from trainer.state import TrainState
-from trainer.trackers import Tracker, open_trackers
-from trainer.windows import Batch, PositionedLoader, Window, as_dict, count_steps, grouped, samples_in
+from trainer.trackers import FINISH_SECONDS, STOPPED_SECONDS, Tracker, open_trackers
+from trainer.windows import NO_WINDOW, Batch, PositionedLoader, Window, as_dict, count_steps, grouped, samples_in
 
 
 class BaseTrainer(ABC):
@@ -95,7 +95,7 @@ class BaseTrainer(ABC):
         self.nonfinite = NonFinite(self)
         self.saver = saving.Saver(self)
         self.agreement = Agreement(processes, words=3)
-        self.window = Window([], [], 0)
+        self.window = NO_WINDOW
         self.lr = 0.0
         self.grad_norm: Tensor | None = None
         self.clock = Clock()
@@ -185,6 +185,8 @@ class BaseTrainer(ABC):
         except signals.Preempted as stop:
             return self.leave("preempted", stop.reason)
         except BaseException as error:
+            if not isinstance(error, UserError):
+                error.add_note(self.where_it_is())
             state = "diverged" if isinstance(error, Diverged) else "failed"
             with suppress(OSError):  # a full disk must not hide what is being told
                 self.run.status(state, **self.standing(), reason=str(error)[:1000] or type(error).__name__)
@@ -192,7 +194,7 @@ class BaseTrainer(ABC):
         finally:
             self.saver.close()
             for tracker in self.trackers:
-                tracker.finish(self.run.best)
+                tracker.finish(self.run.best, seconds=STOPPED_SECONDS if signals.stop_reason() else FINISH_SECONDS)
             self.run.close()
 
     @property
@@ -242,11 +244,18 @@ class BaseTrainer(ABC):
         self.track({name.replace("train/", "epoch/", 1): value for name, value in flat.items()})
 
     def leave(self, state: str, reason: str) -> dict[str, Any]:
-        self.save_checkpoint()
+        self.save_checkpoint(regular=False)
         self.saver.finish()
         result = {"state": state, **self.standing(), "reason": reason}
         self.run.status(**result)
+        self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
         return result
+
+    def where_it_is(self) -> str:
+        """The step, and the samples of this process that are computed on, for the words of an error."""
+        ids = [id for batch in self.window.batches for id in batch.get("ids", torch.empty(0)).tolist()]
+        samples = f", samples {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}" if ids else ""
+        return f"after step {self.state.step} of the run{samples}"
 
     def standing(self) -> dict[str, Any]:
         """Step, epoch and the best evaluation so far."""
@@ -280,6 +289,7 @@ class BaseTrainer(ABC):
             if reports:
                 self.bad_samples.collect("train", train_loader, self.state.step + 1)
             yield Window(batches, counts, self.window_total(counts, train_loader))
+            self.window = NO_WINDOW
         self.exhausted = True
         if not self.state.step_in_epoch:
             raise DataError(
@@ -299,7 +309,7 @@ class BaseTrainer(ABC):
     def micro_batches(self, window: Window) -> Iterator[Batch]:
         """Each micro-batch on the device, with the generators seeded by its place, ready for `optimize`."""
         self.window = window
-        self.nonfinite.keep_buffers()
+        self.nonfinite.begin_step()
         offset = self.accelerator.process_index * self.batch_share
         for number, batch in enumerate(window.batches):
             window.number = number
@@ -329,7 +339,7 @@ class BaseTrainer(ABC):
         loss, window, config, state = total(losses), self.window, self.config, self.state
         if len(window.batches) > 1 or self.reduce is not None:  # a mean over part of the window weighs by its part
             loss = loss * (window.counts[window.number] * self.accelerator.num_processes / window.total)
-        loss = poisoned(loss)
+        loss = self.nonfinite.looked_at(loss)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if not window.is_last:
             return
@@ -376,7 +386,7 @@ class BaseTrainer(ABC):
         if logs:
             self.log_step(bar)
         if (self.poll() or saves) and not at_end:
-            self.save_checkpoint()
+            self.save_checkpoint(regular=saves)
         return stops
 
     def poll(self) -> bool:
@@ -451,11 +461,14 @@ class BaseTrainer(ABC):
         """The model computes with its averaged weights inside this block, where there are such."""
         return self.ema.applied() if self.ema is not None else nullcontext()
 
-    def save_checkpoint(self) -> None:
+    def save_checkpoint(self, *, regular: bool = True) -> None:
+        """Save where the run stands. regular: because the config says so, not a clock or a signal."""
         self.meter.read(self.state.window_sums, self.state.epoch_sums)  # raises Diverged on a loss of NaN
         if name := self.name_of_non_finite():
             raise Diverged(f"{name} is not finite after step {self.state.step}", fix=CURE)
         self.share_bad_samples()
+        if regular:
+            self.state.regular_step = self.state.step
         self.saver.save()
         self.run.status("running", **self.standing())
 
@@ -474,10 +487,11 @@ class BaseTrainer(ABC):
                 print(f"continuing {self.run.path} after step {self.state.step} (epoch {self.state.epoch + 1})")
 
     def roll_back(self) -> int:
-        """Go back to the weights of the newest checkpoint, and forward over the data since; the step of the weights."""
-        folder = saving.roll_back(self)
+        """Go back to the weights of the last regular checkpoint, and forward over the data since; their step."""
+        step = self.state.regular_step
+        saving.roll_back(self, step)
         self.save_checkpoint()
-        return checkpoint.step_of(folder) or 0
+        return step
 
     def open_run(self) -> None:
         config = self.config

@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 IDS_SHOWN = 8
 
 
-def poisoned(loss: Tensor) -> Tensor:
-    """The loss; one that is not finite makes every gradient NaN, and with it the norm on all processes."""
-    return loss * (1 + 0 * loss.detach())
-
-
 class NonFinite:
     """Keeps updates that are not finite from being made, and answers them as `--nonfinite` says.
 
@@ -38,19 +33,29 @@ class NonFinite:
         self.looks_at_once = trainer.scaler is None and (trainer.device.type != "cuda" or not fused)
         self.bad = torch.zeros(2, dtype=torch.int64, device=trainer.device)  # first bad step, how many
         self.buffers = [buffer for buffer in trainer.plain_model.buffers() if buffer.is_floating_point()]
+        self.losses_are_finite = True
         self.good_buffers = [buffer.clone() for buffer in self.buffers]
 
     @torch.no_grad()
-    def keep_buffers(self) -> None:
-        """Before a forward: one NaN in it would stay in BatchNorm's averages for ever."""
+    def begin_step(self) -> None:
+        """Before the forward: one NaN in it would stay in BatchNorm's averages for ever."""
+        self.losses_are_finite = True
         if self.buffers and self.looks_at_once:
             torch._foreach_copy_(self.good_buffers, self.buffers)
+
+    def looked_at(self, loss: Tensor) -> Tensor:
+        """The loss of a micro-batch. Where it cannot be looked at by all processes, one that is not finite makes
+        every gradient NaN, and with it the norm on all of them."""
+        if self.looks_at_once and self.trainer.reduce is None:
+            self.losses_are_finite = self.losses_are_finite and math.isfinite(loss.item())
+            return loss
+        return loss * (1 + 0 * loss.detach())
 
     def allows_update(self, norm: Tensor) -> bool:
         """Whether to call the optimizers, which may have been told to do nothing."""
         step = self.trainer.state.step + 1
         if self.looks_at_once:
-            if math.isfinite(norm.item()):
+            if math.isfinite(norm.item()) and self.losses_are_finite:
                 return True
             self.bad = torch.tensor([step, 1])
             return False

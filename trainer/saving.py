@@ -81,6 +81,8 @@ class Saver:
             self.error = error
             return
         keep_steps = {step for _, step in state["best_steps"]}
+        if self.trainer.config.nonfinite == "rollback":
+            keep_steps.add(state["regular_step"])
         try:
             checkpoint.prune(hidden.parent, keep_last=self.trainer.config.keep_last, keep_steps=keep_steps)
         except OSError as error:
@@ -168,11 +170,10 @@ def load_checkpoint(trainer: BaseTrainer, folder: Path) -> None:
         ) from error
 
 
-def roll_back(trainer: BaseTrainer) -> Path:
-    """Weights, optimizer and averages of the newest checkpoint; the steps since then count as passed over."""
+def roll_back(trainer: BaseTrainer, step: int) -> None:
+    """Weights, optimizer and averages of the checkpoint of a step; where the run stands stays as it is."""
     trainer.saver.finish()
-    folder = trainer.from_main(lambda: checkpoint.newest_valid(trainer.run.checkpoints)[0])
-    if folder is None:
-        raise UserError("there is no checkpoint to roll back to", where=str(trainer.run.checkpoints))
+    folder = trainer.run.checkpoints / f"step_{step:08d}"
+    if wrong := trainer.from_main(lambda: checkpoint.fault(folder)):
+        raise UserError(f"the checkpoint to go back to is damaged: {wrong}", where=str(folder))
     load_checkpoint(trainer, folder)
-    return folder

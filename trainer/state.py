@@ -22,6 +22,7 @@ class TrainState:
     best_steps: list[tuple[float, int]] = field(default_factory=list)  # (value, step) of the best checkpoints
     nonfinite_steps: int = 0  # skipped, or gone back from
     train_samples: int | None = None  # that the order is a permutation of
+    regular_step: int = 0  # of the last save that only the config decided on
     cpu_threads: int = 1
     wandb_id: str = ""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from configs.options import Config
 
-FINISH_SECONDS = 60.0
+FINISH_SECONDS, STOPPED_SECONDS = 60.0, 5.0  # to wait for at the end; where the run was asked to stop
 
 
 class Tracker:
@@ -29,14 +30,15 @@ class Tracker:
             except queue.Full:
                 self._give_up("it has not taken a line for long")
 
-    def finish(self, best: Path | None) -> None:
+    def finish(self, best: Path | None, *, seconds: float = FINISH_SECONDS) -> None:
         """Hand over the best model, write what is left, and wait for it, but not for ever."""
         if self.failed:
             return
-        self._lines.put((best, None))
-        self._thread.join(FINISH_SECONDS)
+        with suppress(queue.Full):  # then it hangs, and is waited for in vain
+            self._lines.put_nowait((best, None))
+        self._thread.join(seconds)
         if self._thread.is_alive():
-            self._give_up(f"it did not finish in {FINISH_SECONDS:.0f} s")
+            self._give_up(f"it did not finish in {seconds:.0f} s")
 
     def _work(self, open_backend: Any) -> None:
         try:
