@@ -61,10 +61,12 @@ def verify(folders: dict[Path, list[Path]]) -> bool:
         total=sum(sizes.values()), unit="B", unit_scale=True, leave=False, delay=BAR_AFTER_SECONDS, disable=None
     ) as bar:
         for run, some in folders.items():
-            bar.write(f"{run}" if some else f"{run}: no checkpoints yet")
+            bar.clear()
+            print(run if some else f"{run}: no checkpoints yet", flush=True)
             for folder in some:
                 wrong = fault(folder)
-                bar.write(line(folder.name, sizes[folder], wrong or "ok"))
+                bar.clear()
+                print(line(folder.name, sizes[folder], wrong or "ok"), flush=True)
                 bar.update(sizes[folder])
                 all_hold &= wrong is None
     return all_hold
