@@ -170,6 +170,12 @@ def test_a_second_warning_while_it_saves_changes_nothing(project):
     assert job.times_asked_to_stop() == [1]
 
 
+def test_a_cluster_that_signals_every_process_of_a_step_stops_it_as_well(project):
+    job = Job(project, *X, SIGNAL_ALL="1").signal(signal.SIGUSR1)
+    assert job.end()[0] == 0
+    assert job.asked_of_scontrol() == [[["requeue", "77"], "preempted", []]]
+
+
 @pytest.mark.parametrize(("ends", "expected"), [("done", 0), ("failed", 1), ("diverged", 1), ("stopped by itself", 75)])
 def test_what_was_not_preempted_is_not_queued_again(project, ends, expected):
     job = Job(project, *X, ends=ends)
@@ -243,8 +249,11 @@ def test_a_task_of_a_job_array_is_queued_again_by_its_own_number(project):
 HOSTILE = ["", "-1", "7 8", "7;touch pwned", "$(touch pwned)", "7\n8", "7_4", "*", "a[$(touch pwned)]", "٧", "0x7"]
 
 
-@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"])
-@pytest.mark.parametrize("number", HOSTILE)
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("SLURM_JOB_ID", number) for number in HOSTILE]
+    + [(name, number) for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID") for number in ("", "$(touch pwned)")],
+)
 def test_a_hostile_job_id_is_refused_before_anything_starts(project, name, number):
     array = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "4"} if "ARRAY" in name else {}
     job = Job(project, *X, **(array | {name: number}))
