@@ -85,20 +85,9 @@ def fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint or with best/; None where all of it holds."""
     from trainer import checkpoint
 
-    step = checkpoint.step_of(folder)
-    if step is None:
+    if checkpoint.step_of(folder) is None:
         return weights_fault(folder) or load_fault(folder)
-    return checkpoint.fault(folder) or state_fault(folder, step) or weights_fault(folder)
-
-
-def state_fault(folder: Path, step: int) -> str | None:
-    from trainer.checkpoint import read_state
-
-    try:
-        saved_step = read_state(folder)["step"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"state.json cannot be read: {error}"
-    return None if saved_step == step else f"state.json is of step {saved_step}"
+    return checkpoint.fault(folder) or weights_fault(folder)
 
 
 def weights_fault(folder: Path) -> str | None:

@@ -89,11 +89,13 @@ def fault(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
             if sha256(path) != entry["sha256"]:
                 return f"{name} has changed since it was saved"
-        if (step := read_state(folder)["step"]) != (step_of(folder) or step):
-            return f"it holds step {step}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read: {error}"
-    return None
+    try:
+        step = read_state(folder)["step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"state.json cannot be read: {error}"
+    return None if step_of(folder) in (None, step) else f"state.json is of step {step}"
 
 
 def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
