@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from configs.errors import ConfigError, UserError
@@ -291,3 +292,69 @@ def test_a_full_disk_is_one_block_and_loses_nothing_that_was_saved(tmp_path, mon
     again = started(tmp_path)
     again.train()
     assert torch.equal(weights(again), weights(whole))
+
+
+def test_a_fresh_run_begins_in_a_folder_of_its_own(tmp_path):
+    started(tmp_path).train()
+    for name in ("x-2", "x-3"):
+        fresh = started(tmp_path, fresh=True)
+        fresh.train()
+        assert (fresh.run.path.name, fresh.session_steps) == (name, 4)
+    assert started(tmp_path).state.step == 4
+
+
+def test_saves_come_by_the_clock_as_well(tmp_path):
+    batches = tiny_batches([8] * 5)
+    options = {"batch_size": 8, "keep_last": 9}
+    often = tiny_trainer(tmp_path, batches, experiment_name="often", save_every_minutes=1e-9, **options)
+    often.train()
+    assert [checkpoint.step_of(f) for f in checkpoint.all_checkpoints(often.run.checkpoints)] == [1, 2, 3, 4, 5]
+    seldom = tiny_trainer(tmp_path, batches, experiment_name="seldom", save_every_minutes=10.0, **options)
+    seldom.train()
+    assert [checkpoint.step_of(f) for f in checkpoint.all_checkpoints(seldom.run.checkpoints)] == [5]
+
+
+def test_the_wait_for_saves_is_logged(tmp_path):
+    trainer = started(tmp_path)
+    trainer.train()
+    stalls = [line["save_stall_seconds"] for line in lines_of(trainer.run.path, "speed")]
+    assert stalls[0] == 0  # the first save comes after the epoch's line
+    assert 0 < stalls[1] < 10
+
+
+def test_another_number_of_samples_is_another_run(tmp_path):
+    flags = ["--output_dir", tmp_path, "--experiment_name", "x", "--batch_size", "4", "--epochs", "2"]
+    folder = tmp_path / "images"
+    for name, value in (("dark", 0), ("light", 255)):
+        (folder / name).mkdir(parents=True)
+        for number in range(10):
+            Image.new("L", (8, 8), value).save(folder / name / f"{number}.png")
+    flags += ["--train_data_dir", folder, "--split", "0.8", "0.2", "0"]
+    run_script("train.py", *flags, "--stop_after_steps", "2", rc=75)
+    for number in range(10):
+        Image.new("L", (8, 8), 255).save(folder / "light" / f"more_{number}.png")
+    said = run_script("train.py", *flags, rc=2).stderr
+    assert "the run was begun with 16 training samples, now there are 24" in said
+
+
+def test_a_checkpoint_without_a_piece_that_the_run_needs_is_refused_by_name(tmp_path):
+    """Its manifest does not list the piece, so that it holds."""
+    started(tmp_path, ema_decay=0.9, stop_after_steps=2).train()
+    folder = tmp_path / "x" / "checkpoints" / "step_00000002"
+    for name in ("ema.safetensors", "optimizer.bin", "model.safetensors"):
+        (folder / name).unlink()
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest[name]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert checkpoint.fault(folder) is None
+        with pytest.raises(UserError, match=f"the checkpoint has no {name}"):
+            started(tmp_path, ema_decay=0.9).train()
+
+
+def test_a_checkpoint_of_another_step_or_with_another_file_is_damaged(tmp_path):
+    started(tmp_path).train()
+    folder = tmp_path / "x" / "checkpoints"
+    (folder / "step_00000004").rename(folder / "step_00000009")
+    assert checkpoint.fault(folder / "step_00000009") == "state.json is of step 4"
+    (folder / "step_00000002" / "custom_checkpoint_0.pkl").write_bytes(b"no")
+    assert checkpoint.fault(folder / "step_00000002") == "custom_checkpoint_0.pkl is not in the manifest"

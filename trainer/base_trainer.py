@@ -244,6 +244,7 @@ class BaseTrainer(ABC):
         self.track({name.replace("train/", "epoch/", 1): value for name, value in flat.items()})
 
     def leave(self, state: str, reason: str) -> dict[str, Any]:
+        self.agreement.hear()  # nothing may be on its way when processes part
         self.save_checkpoint(regular=False)
         self.saver.finish()
         result = {"state": state, **self.standing(), "reason": reason}
