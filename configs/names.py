@@ -11,7 +11,9 @@ from configs.secrets import FIX, holds_secret, shown
 LONGEST = 4096  # characters; no path of Linux is longer
 LONGEST_LIST = 200_000  # bytes, so that the file in which a config is saved can be read again
 BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control characters, lines, halves of characters
-WORD = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?"
+FOLDER = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?")
+PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+REPOSITORY = re.compile(rf"(?!.*(?:--|\.\.|\.git$))(?:{PART}/)?{PART}")
 OF_WINDOWS = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)  # names of devices, not of files
 
 
@@ -36,17 +38,15 @@ def check_text(name: str, text: str) -> None:
         raise ConfigError(f"--{name} holds {found[0]!r} at place {found.start() + 1}: no name or path can have that")
     if text.startswith("-"):
         raise ConfigError(f"--{name} is {shown(text)}, which reads like a flag", fix="write ./ before a path")
-    if name == "experiment_name" and (len(text) > 100 or not re.fullmatch(WORD, text) or OF_WINDOWS.fullmatch(text)):
+    if name == "experiment_name" and (not FOLDER.fullmatch(text) or OF_WINDOWS.fullmatch(text)):
         raise ConfigError(
             f"--experiment_name {shown(text)} is no safe folder name",
             fix="use at most 100 letters, digits, '.', '_' and '-', with no '.' at either end, no '-' at the beginning",
         )
-    if name == "hub_model_id" and (
-        len(text) > 96 or not re.fullmatch(f"(?:{WORD}/)?{WORD}", text) or "--" in text or ".." in text
-    ):
+    if name == "hub_model_id" and (len(text) > 96 or not REPOSITORY.fullmatch(text)):
         raise ConfigError(
             f"--hub_model_id {shown(text)} is no name of a repository",
-            fix="write user/name: at most 96 letters, digits, '.', '_' and '-'",
+            fix="write user/name: at most 96 letters, digits and single '.', '_' and '-' between them",
         )
     if name == "wandb_project" and (len(text) > 128 or re.search(r"[/\\#?%:]", text) or not text.strip(". ")):
         raise ConfigError(

@@ -21,7 +21,7 @@ SCALARS = [TAG + kind for kind in ("str", "int", "float", "bool", "null", "times
 def read_yaml(path: Path) -> dict[str, Any]:
     """The options of the file, typed by the rules of the flags; sequences are lists. Faults name file, line and key."""
     node = _compose(_text_of(path), path)
-    if node is None:
+    if node is None or node.tag == TAG + "null":
         return {}
     if not isinstance(node, MappingNode) or node.tag != TAG + "map":
         found = "a list" if node.tag == TAG + "seq" else "text" if node.tag in SCALARS else f"the tag {shown(node.tag)}"
