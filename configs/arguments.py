@@ -101,7 +101,7 @@ def _name_of(flag: str) -> tuple[str, list[str]]:
         return name, []
     if name.startswith("no_") and FLAGS.get(name[3:]) is bool:
         return name[3:], ["false"]
-    fix = FIX if SECRET_NAME.search(name[:100]) else nearest(name[:100], list(FLAGS), mark="--")
+    fix = FIX if SECRET_NAME.search(name[:100]) else nearest(name[:100], list(FLAGS))
     raise ConfigError(f"unknown flag {shown('--' + name)[1:-1]}", fix=fix)
 
 

@@ -258,8 +258,8 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
             )
 
 
-def nearest(name: str, names: list[str], *, mark: str = "") -> str:
-    """'did you mean ...?' for an error about an unknown name, each with the mark before it; else some of the names."""
-    found = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    listed = [mark + near for near in found or sorted(names)[:12]]
-    return f"did you mean {' or '.join(listed)}?" if found else f"one of: {', '.join(listed)}"
+def nearest(name: str, names: list[str]) -> str:
+    """'did you mean ...?' for an error about an unknown name; else some of the names."""
+    if found := difflib.get_close_matches(name, names, n=3, cutoff=0.5):
+        return f"did you mean {' or '.join(found)}?"
+    return f"one of: {', '.join(sorted(names)[:12])}" + (", ..." if len(names) > 12 else "")

@@ -48,7 +48,7 @@ def _text_of(path: Path) -> str:
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise ConfigError(f"no config: it has more than {LARGEST // 1024} KiB", where=str(path))
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the config: {error.strerror or error}", where=str(path)) from None
     except UnicodeDecodeError as error:
