@@ -191,9 +191,9 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
         for minimum, names in at_least.items():
             for name in names:
                 value = getattr(self, name)
-                if value is not None and value >= 2**63:
+                if isinstance(value, int) and value >= 2**63:
                     raise ConfigError(f"--{name} is too large: it must be a number below 2**63")
-                if value is not None and not minimum <= value:
+                if value is not None and not minimum <= value < float("inf"):
                     raise ConfigError(f"--{name} is {value}: it must be a number from {minimum} on")
         for name in ("label_smoothing", "ema_decay", "dropout", "momentum"):
             if (getattr(self, name) or 0) >= 1:

@@ -64,6 +64,11 @@ def test_bare_flags_and_dashes():
     config = parse(["--mixed-precision", "--grad_clip", "--lr=0.5"])
     assert (config.mixed_precision, config.grad_clip, config.lr) == ("auto", 1.0, 0.5)
     assert parse(["--grad_clip", "0.3"]).grad_clip == 0.3
+    assert parse(
+        ["--use_wandb", "--no-use-wandb", "--weights", "None", "--data_files", "a", "b", "--mix_datasets"]
+    ) == (make_config(data_files=("a", "b")))
+    assert parse(["--config", f"{ROOT}/configs/cifar10.yaml", "--grad_clip", "None", "--lr", "1", "--lr", "2"]).lr == 2
+    assert parse(["--config", f"{ROOT}/configs/cifar10.yaml", "--grad_clip", "None"]).grad_clip is None
 
 
 def test_a_saved_config_loads_back(tmp_path):
