@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 from configs.errors import ConfigError
+from configs.names import check_texts
+from configs.secrets import shown
 
 OF_DATASETS = ("data_files", "image_column", "label_column")  # of no use with an image folder
 
@@ -185,6 +186,8 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
     """One run. Raises ConfigError where its fields contradict each other."""
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check_texts(name, value)
         at_least = {
             1: ("epochs", "max_steps", "batch_size", "micro_batch_size", "decay_epochs", "cpu_threads", "log_every",
                 "save_every_steps", "keep_last", "patience", "stop_after_steps", "image_size", "shuffle_buffer",
@@ -196,6 +199,8 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
         for minimum, names in at_least.items():
             for name in names:
                 value = getattr(self, name)
+                if isinstance(value, int) and value >= 2**63:
+                    raise ConfigError(f"--{name} is too large: it must be a number below 2**63")
                 if value is not None and not minimum <= value < float("inf"):
                     raise ConfigError(f"--{name} is {value}: it must be a number from {minimum} on")
         if self.save_every_minutes is not None and not 0 < self.save_every_minutes < float("inf"):
@@ -231,7 +236,7 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
             or not 0 < sum(self.mix_weights) < float("inf")
         ):
             raise ConfigError(
-                f"--mix_weights is {' '.join(map(str, self.mix_weights))}, for {datasets} datasets",
+                f"--mix_weights is {shown(' '.join(map(str, self.mix_weights)))}, for {datasets} datasets",
                 fix="give one for --dataset and one for each of --mix_datasets, from 0 on, not all 0",
             )
         if self.mix_datasets and self.group_column:
@@ -258,19 +263,13 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
             raise ConfigError("--push_to_hub needs --hub_model_id", fix="name the repository: --hub_model_id user/name")
         if self.resume != "auto" and self.experiment_name and self.resume != "never":
             raise ConfigError(
-                f"--resume {self.resume} names a run, and so does --experiment_name {self.experiment_name}",
+                f"--resume {shown(self.resume)} names a run, and so does --experiment_name {self.experiment_name}",
                 fix="leave one of them out",
-            )
-        if self.experiment_name is not None and not re.fullmatch(
-            r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", self.experiment_name
-        ):
-            raise ConfigError(
-                f"--experiment_name {self.experiment_name!r} is no safe folder name",
-                fix="use at most 100 letters, digits, '.', '_' and '-', the first a letter, a digit or '_'",
             )
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """'; the nearest is ...' for an error about an unknown name, or ''."""
-    found = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(found)}?" if found else f"one of: {', '.join(sorted(names)[:12])}"
+    """'did you mean ...?' for an error about an unknown name; else some of the names."""
+    if found := difflib.get_close_matches(name, names, n=3, cutoff=0.5):
+        return f"did you mean {' or '.join(found)}?"
+    return f"one of: {', '.join(sorted(names)[:12])}" + (", ..." if len(names) > 12 else "")

@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 
 from configs.errors import UserError
+from configs.secrets import hide_secrets
 
 ROOT = Path(__file__).resolve().parent.parent
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
@@ -55,8 +56,9 @@ def place(error: BaseException) -> str:
 def fail(error: Exception, *, debug: bool) -> int:
     """Print the block, on one process only where all of them fail alike; the exit code."""
     if debug:
-        traceback.print_exception(error)
+        print(hide_secrets("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     text, code = block(error)
+    text = hide_secrets(text)  # the hub answers by signed addresses, which errors of the network repeat
     alike = (isinstance(error, UserError) and not error.of_one_process) or type(error).__name__ == "ModelError"
     rank = os.environ.get("RANK", "0")
     if rank == "0" or not alike:
