@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 from configs.arguments import NOT_SAVED, read_yaml, to_yaml
 from configs.errors import ConfigError, UserError
 from configs.options import Config
+from configs.secrets import hide_in_command, hide_secrets
 from trainer import checkpoint
 
 # What may differ when a run is continued; anything else would make it another run.
@@ -125,7 +127,7 @@ class RunFolder:
     def log_bad_sample(self, line: dict[str, Any]) -> None:
         if self.writes:
             with (self.path / "bad_samples.jsonl").open("a") as file:
-                self._write(file, line)
+                self._write(file, {name: hide_secrets(v) if isinstance(v, str) else v for name, v in line.items()})
 
     def _write(self, file: Any, line: dict[str, Any]) -> None:
         try:
@@ -140,7 +142,7 @@ class RunFolder:
     def status(self, state: str, **values: Any) -> None:
         """status.json: the truth about how a run ended, whatever the launcher says."""
         if self.writes and self.path.is_dir():
-            write_whole(self.path / "status.json", json.dumps({"state": state, **values}, indent=1))
+            write_whole(self.path / "status.json", hide_secrets(json.dumps({"state": state, **values}, indent=1)))
 
     def read_status(self) -> dict[str, Any]:
         try:
@@ -192,7 +194,7 @@ def find(config: Config) -> Path:
         given = Path(config.resume).resolve()
         return given.parent.parent if checkpoint.step_of(given) is not None else given
     if config.experiment_name is None:
-        data = Path(config.train_data_dir or config.dataset).name
+        data = re.sub("[^A-Za-z0-9._-]+", "-", Path(config.train_data_dir or config.dataset).name)[:60]
         return free_name(root / (time.strftime("%Y%m%d-%H%M%S-") + f"{config.model}-{data}"))
     path = root / config.experiment_name
     if config.resume == "never" and path.exists():
@@ -254,18 +256,9 @@ def environment(device: str, **values: Any) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": device,
         "git_commit": git_commit(),
-        "command": [Path(sys.argv[0]).name, *(hide_secret(argument) for argument in sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *hide_in_command(sys.argv[1:])],
         **values,
     }
-
-
-def hide_secret(argument: str) -> str:
-    """Tokens never reach a file."""
-    return (
-        "***"
-        if argument.startswith("hf_") or "token" in argument.lower() or ("://" in argument and "@" in argument)
-        else argument
-    )
 
 
 def git_commit() -> str | None:

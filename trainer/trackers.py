@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.options import Config
+from configs.secrets import hide_secrets
 
 FINISH_SECONDS, STOPPED_SECONDS = 60.0, 5.0  # to wait for at the end; where the run was asked to stop
 
@@ -54,10 +55,8 @@ class Tracker:
     def _give_up(self, reason: str) -> None:
         if not self.failed:
             self.failed = True
-            print(
-                f"warning: {self.name} stopped ({reason[:200]}); the run goes on, metrics.jsonl is complete",
-                flush=True,
-            )
+            why = hide_secrets(reason)[:200]
+            print(f"warning: {self.name} stopped ({why}); the run goes on, metrics.jsonl is complete", flush=True)
 
 
 def open_trackers(config: Config, folder: Path, run_id: str) -> list[Tracker]:
@@ -92,7 +91,7 @@ class WeightsAndBiases:
 
         self.run = wandb.init(
             project=project, name=name, id=run_id, resume="allow", config=config, dir=str(folder),
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(silent=True, disable_git=True),  # the remote of a repository may hold a password
         )  # fmt: skip
         self.artifact = wandb.Artifact(f"model-{run_id}", type="model")
 
