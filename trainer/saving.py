@@ -80,9 +80,13 @@ class Saver:
         except UserError as error:
             self.error = error
             return
-        keep_steps = {step for _, step in state["best_steps"]}
+        self.prune(state["best_steps"])
+
+    def prune(self, best_steps: list[tuple[float, int]]) -> None:
+        """Remove old checkpoints, which can wait where the disk does not let us."""
+        config, checkpoints = self.trainer.config, self.trainer.run.checkpoints
         try:
-            checkpoint.prune(hidden.parent, keep_last=self.trainer.config.keep_last, keep_steps=keep_steps)
+            checkpoint.prune(checkpoints, keep_last=config.keep_last, keep_steps={step for _, step in best_steps})
         except OSError as error:
             print(f"warning: an old checkpoint could not be removed: {error}", flush=True)
 
