@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from configs.errors import ConfigError, UserError
-from tests.conftest import ROOT, lines_of, run_script
+from tests.conftest import ROOT, lines_of, run_script, same_run
 from tests.tiny import TinyNet, tiny_batches, tiny_trainer, weights
 from trainer import checkpoint
 
@@ -33,16 +33,6 @@ FINAL = "step_00000028"
 
 def train(folder: Path, name: str, *flags: str, rc: int = 0) -> str:
     return run_script("train.py", "--output_dir", folder, "--experiment_name", name, *OPTIONS, *flags, rc=rc).stdout
-
-
-def same_run(one: Path, other: Path) -> None:
-    """Weights, averages, optimizer, metrics and sample ids, to the last bit."""
-    for file in ("model.safetensors", "ema.safetensors", "optimizer.bin"):
-        first, second = (run / "checkpoints" / FINAL / file for run in (one, other))
-        assert first.read_bytes() == second.read_bytes(), file
-    assert lines_of(one) == lines_of(other)
-    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
-    assert (one / "best" / "model.safetensors").read_bytes() == (other / "best" / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +162,17 @@ def test_stray_files_and_left_overs_of_a_killed_save_are_no_checkpoints(tmp_path
     (checkpoints / "notes").mkdir()
     (checkpoints / "step_abc").mkdir()
     (checkpoints / "step_00000009").write_text("a file")
-    (checkpoints / ".step_00000004").mkdir()
-    (checkpoints / ".step_00000004" / "model.safetensors").write_text("half")
+    for left in (".step_00000003", ".step_00000004", ".removed_step_00000001"):  # by a run that saved other steps
+        (checkpoints / left).mkdir()
+        (checkpoints / left / "model.safetensors").write_text("half")
+    (checkpoints / ".DS_Store").write_text("not ours")
+    (checkpoints / ".step_notes").mkdir()
+    (checkpoints / "step_00000001").symlink_to("nowhere")
     assert started(tmp_path).train()["state"] == "done"
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        ".DS_Store", ".step_notes", "notes", "step_00000001", "step_00000002", "step_00000004", "step_00000009",
+        "step_abc",
+    ]  # fmt: skip
     assert (checkpoints / "notes").is_dir()
     assert (checkpoints / "step_00000009").read_text() == "a file"
     assert checkpoint.fault(checkpoints / "step_00000004") is None
@@ -358,3 +356,60 @@ def test_a_checkpoint_of_another_step_or_with_another_file_is_damaged(tmp_path):
     assert checkpoint.fault(folder / "step_00000009") == "state.json is of step 4"
     (folder / "step_00000002" / "custom_checkpoint_0.pkl").write_bytes(b"no")
     assert checkpoint.fault(folder / "step_00000002") == "custom_checkpoint_0.pkl is not in the manifest"
+
+
+def test_lines_of_an_evaluation_that_is_done_again_are_forgotten(tmp_path):
+    """Stopped in the evaluation of step 2; killed, the next time, between the evaluation and its save."""
+    started(tmp_path, experiment_name="whole").train()
+    batches = tiny_batches([8] * 2)
+
+    def stopped():
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from batches
+
+    trainer = started(tmp_path)
+    trainer.val_loader = stopped()
+    assert trainer.train() == {"state": "preempted", "step": 2, "epoch": 0, "best": None, "reason": "SIGTERM"}
+    with (tmp_path / "x" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "epoch", "step": 2, "loss": 1.0}\n{"kind": "val", "step": 2, "loss": 1.0}\n')
+    trainer = started(tmp_path, epochs=2)
+    trainer.train()
+    assert lines_of(tmp_path / "x") == lines_of(tmp_path / "whole")
+
+
+def test_a_run_killed_after_its_last_save_says_that_it_is_done_and_keeps_no_more_than_it_should(tmp_path):
+    started(tmp_path, keep_last=9, monitor="loss").train()
+    status = (tmp_path / "x" / "status.json").read_text()
+    (tmp_path / "x" / "status.json").write_text('{"state": "running"}')
+    started(tmp_path, keep_last=1, monitor="loss").train()
+    assert (tmp_path / "x" / "status.json").read_text() == status
+    assert [path.name for path in (tmp_path / "x" / "checkpoints").iterdir()] == ["step_00000004"]
+
+
+def test_a_start_that_comes_second_by_a_moment_is_refused_and_touches_nothing(tmp_path):
+    first, second = started(tmp_path), started(tmp_path)  # neither has found a folder
+    first.train()
+    before = {path: path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="another start has taken the name"):
+        second.train()
+    assert before == {path: path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    assert started(tmp_path).state.step == 4
+
+
+def test_a_stop_that_cannot_be_saved_is_told_as_a_failure(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    batches = tiny_batches([8] * 2)
+
+    def stopped():
+        for batch in batches:
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    trainer = started(tmp_path, max_steps=2)
+    trainer.train_loader = stopped()
+    monkeypatch.setattr(checkpoint, "begin", full)
+    with pytest.raises(UserError, match="step 1 could not be written"):
+        trainer.train()
+    assert json.loads((tmp_path / "x" / "status.json").read_text())["state"] == "failed"

@@ -163,27 +163,12 @@ class BaseTrainer(ABC):
             return self.train_until_stopped()
 
     def train_until_stopped(self) -> dict[str, Any]:
-        assert self.train_loader is not None
         self.load_checkpoint()
         if self.finished:
-            return {"state": "done", **self.standing()}
+            return self.already_done()
         self.open_run()
         try:
-            if self.config.nonfinite == "rollback" and not self.state.step:
-                self.save_checkpoint()  # to go back to
-            while not self.finished:
-                results = {"train": self.train_epoch(self.train_loader)}
-                if self.stop_is_due() and not self.epoch_is_complete():
-                    return self.leave("preempted", "stop_after_steps")
-                if self.val_loader is not None:
-                    results["val"] = self.validate_epoch(self.val_loader)
-                    self.bad_samples.collect("val", self.val_loader, self.state.step)
-                self.finish_epoch(results)
-                if self.stop_is_due() and not self.finished:
-                    return self.leave("preempted", "stop_after_steps")
-            return self.leave("done", "")
-        except signals.Preempted as stop:
-            return self.leave("preempted", stop.reason)
+            return self.leave(*self.train_epochs())
         except BaseException as error:
             if not isinstance(error, UserError):
                 error.add_note(self.where_it_is())
@@ -196,6 +181,26 @@ class BaseTrainer(ABC):
             for tracker in self.trackers:
                 tracker.finish(self.run.best, seconds=STOPPED_SECONDS if signals.stop_reason() else FINISH_SECONDS)
             self.run.close()
+
+    def train_epochs(self) -> tuple[str, str]:
+        """Train and evaluate until the end or a stop; which of them it was, and why."""
+        assert self.train_loader is not None
+        try:
+            if self.config.nonfinite == "rollback" and not self.state.step:
+                self.save_checkpoint()  # to go back to
+            while not self.finished:
+                results = {"train": self.train_epoch(self.train_loader)}
+                if self.stop_is_due() and not self.epoch_is_complete():
+                    return "preempted", "stop_after_steps"
+                if self.val_loader is not None:
+                    results["val"] = self.validate_epoch(self.val_loader)
+                    self.bad_samples.collect("val", self.val_loader, self.state.step)
+                self.finish_epoch(results)
+                if self.stop_is_due() and not self.finished:
+                    return "preempted", "stop_after_steps"
+        except signals.Preempted as stop:
+            return "preempted", stop.reason
+        return "done", ""
 
     @property
     def finished(self) -> bool:
@@ -231,6 +236,7 @@ class BaseTrainer(ABC):
         state.best_steps = ranked[: config.keep_best]
         if self.exhausted or state.step_in_epoch >= self.steps_per_epoch:
             state.epoch, state.step_in_epoch, state.epoch_sums = state.epoch + 1, 0, {}
+        state.evaluated_step = state.step
         self.save_checkpoint()
 
     def log_metrics(self, results: dict[str, dict[str, float]]) -> None:
@@ -257,6 +263,14 @@ class BaseTrainer(ABC):
         ids = [id for batch in self.window.batches for id in batch.get("ids", torch.empty(0)).tolist()]
         samples = f", samples {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}" if ids else ""
         return f"after step {self.state.step} of the run{samples}"
+
+    def already_done(self) -> dict[str, Any]:
+        """A finished run's result. One killed after its last save has not yet said so, nor removed old checkpoints."""
+        result = {"state": "done", **self.standing(), "reason": ""}
+        if self.run.locked and self.run.read_status() != result:
+            self.saver.prune(self.state.to_json())
+            self.run.status(**result)
+        return result
 
     def standing(self) -> dict[str, Any]:
         """Step, epoch and the best evaluation so far."""
@@ -496,16 +510,16 @@ class BaseTrainer(ABC):
 
     def open_run(self) -> None:
         config = self.config
-        self.run.set_back(self.state.step)
+        unnamed = config.resume == "auto" and (config.experiment_name is None or config.fresh)
+        if self.from_main(lambda: self.run.create(only_new=unnamed and not self.state.step)) and self.is_main:
+            print(f"run       {self.run.path}, since another run took the name")
+        self.run.move_to(self.from_main(lambda: self.run.path))
+        self.run.set_back(self.state.step, self.state.evaluated_step)
         self.accelerator.wait_for_everyone()  # all read what the main process has left of it
         self.bad_samples.remember()
         if self.is_main:
             for line in checkpoint.set_aside(self.run.checkpoints, self.state.step):
                 print(line)
-        unnamed = config.resume == "auto" and (config.experiment_name is None or config.fresh)
-        if self.from_main(lambda: self.run.create(only_new=unnamed and not self.state.step)) and self.is_main:
-            print(f"run       {self.run.path}, since another run took the name")
-        self.run.move_to(self.from_main(lambda: self.run.path))
         self.run.open(
             config,
             run_folder.environment(

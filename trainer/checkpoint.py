@@ -35,10 +35,9 @@ def all_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def begin(checkpoints: Path, step: int) -> Path:
-    """A hidden, empty folder on the same filesystem; what a killed save left there goes."""
+    """A hidden, empty folder on the same filesystem; what killed saves left goes."""
     tidy(checkpoints)
     hidden = checkpoints / f".step_{step:08d}"
-    shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir()
     return hidden
 
@@ -70,9 +69,10 @@ def tidy(checkpoints: Path) -> None:
         final = left.with_name(left.name.removeprefix(".replaced_"))
         if step_of(final) is not None:
             shutil.rmtree(left, ignore_errors=True) if final.exists() else os.rename(left, final)
-    for left in checkpoints.glob(".removed_step_*"):
-        if step_of(left.with_name(left.name.removeprefix(".removed_"))) is not None:
-            shutil.rmtree(left, ignore_errors=True)
+    for prefix in (".removed_", "."):  # half removed, half written
+        for left in checkpoints.glob(f"{prefix}step_*"):
+            if step_of(left.with_name(left.name.removeprefix(prefix))) is not None:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def fault(folder: Path) -> str | None:

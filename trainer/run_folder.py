@@ -40,6 +40,7 @@ class RunFolder:
         self._metrics: Any = None
         self._samples: Any = None
         self._lock: Any = None
+        self.known = path.is_dir()  # at the start: a folder that appears later is another run's
 
     def lock(self) -> None:
         """Keep other processes out as long as this one lives. Raises ConfigError where one is in the folder.
@@ -84,10 +85,18 @@ class RunFolder:
         try:
             while True:
                 try:
-                    self.path.mkdir(parents=True, exist_ok=not only_new)
+                    self.path.mkdir(parents=True, exist_ok=self.known)
                     break
                 except FileExistsError:
-                    self.move_to(free_name(path))
+                    if only_new:
+                        self.move_to(free_name(path))
+                    elif self.path.is_dir():
+                        self.lock()  # raises, and names the owner, where it lives
+                        self.close()
+                        raise self.taken() from None
+                    else:
+                        raise
+            self.known = True
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise self.cannot_write(error) from None
@@ -109,6 +118,13 @@ class RunFolder:
                 self._samples = (self.path / "samples.jsonl").open("a", buffering=1)
         except OSError as error:
             raise self.cannot_write(error) from None
+
+    def taken(self) -> ConfigError:
+        return ConfigError(
+            "another start has taken the name just now",
+            where=str(self.path),
+            fix="the same command continues that run once it has ended; or choose another --experiment_name",
+        )
 
     def cannot_write(self, error: OSError) -> UserError:
         return UserError(
@@ -150,12 +166,12 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
 
-    def set_back(self, step: int) -> None:
-        """Forget the lines of steps that will be done again, and a last line that a kill cut off."""
+    def set_back(self, step: int, evaluated_step: int) -> None:
+        """Forget the lines of steps and evaluations that will be done again, and a last line that a kill cut off."""
         for name in ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl") if self.writes else ():
             path = self.path / name
             if path.is_file():
-                kept = [line for line in path.read_text().splitlines() if is_at_most(line, step)]
+                kept = [line for line in path.read_text().splitlines() if stands(line, step, evaluated_step)]
                 write_whole(path, "".join(line + "\n" for line in kept))
 
     def close(self) -> None:
@@ -173,11 +189,12 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def is_at_most(line: str, step: int) -> bool:
-    """A look at the test set stays on record, whatever is done again."""
+def stands(line: str, step: int, evaluated_step: int) -> bool:
+    """Whether a line is of what the run goes on from. A look at the test set stays on record, whatever is done again."""
     try:
         entry = json.loads(line)
-        return entry.get("kind") == "test" or entry["step"] <= step
+        kind = entry.get("kind")
+        return kind == "test" or entry["step"] <= (evaluated_step if kind in ("epoch", "val") else step)
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
 

@@ -80,11 +80,16 @@ class Saver:
         except UserError as error:
             self.error = error
             return
+        self.prune(state)
+
+    def prune(self, state: dict[str, Any]) -> None:
+        """Remove old checkpoints, which can wait where the disk does not let us."""
+        config, checkpoints = self.trainer.config, self.trainer.run.checkpoints
         keep_steps = {step for _, step in state["best_steps"]}
-        if self.trainer.config.nonfinite == "rollback":
+        if config.nonfinite == "rollback":
             keep_steps.add(state["regular_step"])
         try:
-            checkpoint.prune(hidden.parent, keep_last=self.trainer.config.keep_last, keep_steps=keep_steps)
+            checkpoint.prune(checkpoints, keep_last=config.keep_last, keep_steps=keep_steps)
         except OSError as error:
             print(f"warning: an old checkpoint could not be removed: {error}", flush=True)
 

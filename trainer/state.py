@@ -14,6 +14,7 @@ class TrainState:
     step: int = 0  # optimizer updates done in the run
     epoch: int = 0  # epochs done
     step_in_epoch: int = 0
+    evaluated_step: int = 0  # of the last evaluation that is written down
     epoch_sums: Sums = field(default_factory=dict)  # since the epoch began
     window_sums: Sums = field(default_factory=dict)  # since the last log line
     monitor: Progress = field(default_factory=Progress)
