@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, UserError
 from data.order import Draw, TrainOrder, even_parts
 from scripts.wiring import Adapt
 from trainer.base_trainer import BaseTrainer
 from trainer.metrics import Sums
 from trainer.windows import Batch, Window
+
+NO_IDS = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass
@@ -47,7 +49,7 @@ def recording(number: int, window_start: int, processes: int) -> Adapt:
             def __init__(self, *arguments: Any, **options: Any):
                 super().__init__(*arguments, **options)
                 self.of_others: dict[Tensor, Tensor] = {}  # gradients of the processes whose part is done
-                for parameter in self.parameters:
+                for parameter in self.parameters if processes > 1 else ():
                     parameter.register_post_accumulate_grad_hook(self.add_others)
 
             def micro_batches(self, window: Window) -> Iterator[Batch]:
@@ -81,6 +83,11 @@ def recording(number: int, window_start: int, processes: int) -> Adapt:
                 pending = [
                     (losses, count) for losses, count, of_step in self.meter.losses if of_step == self.state.step
                 ]
+                if not pending:
+                    raise UserError(
+                        f"--task {self.config.task} kept no losses of step {self.state.step}",
+                        fix="in its train_epoch: self.meter.add(losses, count, kept, self.state.step + 1)",
+                    )
                 rows = [losses if isinstance(losses, dict) else {"loss": losses} for losses, _ in pending]
                 step.counts = [int(count) for _, count in pending]
                 step.losses = {name: [float(row[name]) for row in rows] for name in rows[0]}
@@ -92,7 +99,7 @@ def recording(number: int, window_start: int, processes: int) -> Adapt:
                             entry[1] += count
                 if self.state.step == number:
                     step.epoch, step.lr, step.grad_norm = self.state.epoch, self.lr, float(self.grad_norm)
-                    step.ids = [place for batch in self.window.batches for place in batch["ids"].tolist()]
+                    step.ids = [place for batch in self.window.batches for place in batch.get("ids", NO_IDS).tolist()]
 
             def validate_epoch(self, val_loader: Any) -> dict[str, float]:
                 if self.config.scheduler == "plateau":  # the one that listens to it

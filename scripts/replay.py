@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
             config = parse(["--config", str(arguments.run / "config.yaml"), *flags], prog="replay.py")
             from scripts.replaying import replay
 
-            return replay(arguments.run.resolve(), arguments.step, config, arguments.processes)
+            return replay(arguments.run, arguments.step, config, arguments.processes)
         except signals.Preempted as stop:
             print(f"stopped by {stop.reason}", file=sys.stderr)
             return 75

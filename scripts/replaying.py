@@ -48,6 +48,7 @@ def replay(run: Path, number: int, config: Config, processes: int | None = None)
     """Show the step, and how it compares with what was written; exit code 0 where nothing differs."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("a replay is one process", fix="start it with python, without a launcher")
+    run = run.resolve()
     written = read(run, number)
     processes = processes or written.environment.get("processes", 1)
     with tempfile.TemporaryDirectory(prefix="replay-", ignore_cleanup_errors=True) as folder, signals.at_once():
@@ -143,9 +144,11 @@ def show(number: int, step: Step) -> None:
     print(f"step      {number} (epoch {step.epoch + 1})")
     for name, value in (*step.means().items(), ("grad_norm", step.grad_norm), ("lr", step.lr)):
         print(f"{name:<9} {value:.17g}")
-    print(
-        textwrap.fill(", ".join(map(str, step.ids)), COLUMNS, initial_indent="samples   ", subsequent_indent=" " * 10)
-    )
+    print(wrapped("samples", ", ".join(map(str, step.ids))))
+
+
+def wrapped(name: str, text: str) -> str:
+    return textwrap.fill(text, COLUMNS, initial_indent=f"{name:<9} ", subsequent_indent=" " * 10)
 
 
 Difference = tuple[str, Any, Any]
@@ -176,7 +179,7 @@ def compared_fault(written: Written, number: int, fault: str) -> Iterator[tuple[
     reason = written.status.get("reason", "") if written.status.get("state") == "diverged" else ""
     same = bool(fault) and fault in reason
     if fault:
-        print(f"fault     {fault}" + ("; the run stopped by it, too" if same else ""))
+        print(wrapped("fault", fault + ("; the run stopped by it, too" if same else "")))
     if not same and (fault or written.stopped_at(number)):
         yield "status.json", [("fault", reason or None, fault or None)]
 
