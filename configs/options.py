@@ -177,6 +177,8 @@ class RunOptions:
     """Push the best model to the Hugging Face hub at the end."""
     hub_model_id: str | None = None
     """Repository to push to, `user/name`."""
+    check: bool = False
+    """Try out all that this run needs (a step, a checkpoint, space, data, logins), then stop; no run is begun."""
     debug: bool = False
     """Show the traceback of an error."""
 

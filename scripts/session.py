@@ -15,6 +15,7 @@ from data.order import TrainOrder, even_parts
 from data.sequential import SequentialStream
 from data.stream import Stream
 from models.summary import summarize
+from scripts import preflight
 from scripts.wiring import build_trainer, device_name
 from trainer import signals
 from trainer.base_trainer import BaseTrainer
@@ -23,6 +24,8 @@ EXIT_CODES = {"done": 0, "preempted": 75}
 
 
 def run(config: Config) -> int:
+    if config.check:
+        return preflight.check(config)
     with signals.at_once():  # nothing is to be saved yet
         trainer, data, lines = build_trainer(config)
         if trainer.is_main:

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 
 # Every flag is a promise to its users: a new one goes in here on purpose, and none leaves unnoticed.
 FLAGS = """
-augment augment_rare batch_size cache channels channels_last compile cpu_threads cutmix data_files dataset debug
+augment augment_rare batch_size cache channels channels_last check compile cpu_threads cutmix data_files dataset debug
 decay_epochs decay_factor deterministic dropout early_stopping ema_decay epochs experiment_name fresh grad_clip
 group_column hub_model_id image_column image_size keep_best keep_last label_column label_smoothing log_every lr
 max_bad_fraction max_nonfinite max_steps micro_batch_size min_delta mix_datasets mix_off_epoch mix_weights

@@ -70,7 +70,7 @@ class BaseTrainer(ABC):
 
         self.run = run_folder.RunFolder(self.from_main(lambda: run_folder.find(config)), writes=self.is_main)
         self.resume_from, self.messages = self.from_main(self.find_checkpoint)
-        self.state = TrainState(wandb_id=uuid4().hex[:12])
+        self.state = TrainState(wandb_id=self.from_main(lambda: uuid4().hex[:12]))
         if self.resume_from:
             self.state = TrainState.from_json(checkpoint.read_state(self.resume_from))
         self.set_threads()

@@ -37,8 +37,8 @@ class MainTrainer(BaseTrainer):
         for window in self.windows(train_loader):  # the micro-batches of one optimizer step
             for batch in self.micro_batches(window):
                 losses, predictions = self.forward_pass(batch)
+                self.meter.add(losses, window.counts[window.number], self.kept(predictions, batch), self.state.step + 1)
                 self.optimize(losses)
-                self.meter.add(losses, window.counts[window.number], self.kept(predictions, batch), self.state.step)
             if self.after_step(bar):
                 break
         bar.close()

@@ -27,7 +27,7 @@ MAY_CHANGE = {
     "epochs", "max_steps", "num_workers", "cpu_threads", "log_every", "save_every_steps", "keep_last", "keep_best",
     "use_tensorboard", "use_wandb", "wandb_project", "push_to_hub", "hub_model_id", "trace_samples", "debug",
     "stop_after_steps", "early_stopping", "patience", "resume", "experiment_name", "output_dir", "test_data_dir",
-    "max_bad_fraction", "save_every_minutes", "fresh", "nonfinite", "max_nonfinite",
+    "check", "max_bad_fraction", "save_every_minutes", "fresh", "nonfinite", "max_nonfinite",
 }  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def stands(line: str, step: int, evaluated_step: int) -> bool:
-    """Whether a line is of what the run goes on from. A look at the test set stays on record, whatever is done again."""
+    """Whether a line is of what the run goes on from; a look at the test set stays, whatever is done again."""
     try:
         entry = json.loads(line)
         kind = entry.get("kind")
