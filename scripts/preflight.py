@@ -31,7 +31,7 @@ from scripts import logins
 from scripts.audit import classes_found, pictures_found
 from scripts.report import met_by_all, told
 from scripts.wiring import build_model, build_trainer
-from trainer import checkpoint, run_folder, saving, signals
+from trainer import checkpoint, run_folder, saving, signals, starting
 from trainer.base_trainer import BaseTrainer
 from trainer.device import make_accelerator
 from trainer.windows import as_dict, samples_in
@@ -58,7 +58,7 @@ def check(config: Config) -> int:
                 left = report.check("run folder", lambda: run_folder_found(config, trainer.total_steps, report))
                 report.check("data", lambda: classes_found(data, notes, report.note))
             free_bytes = shutil.disk_usage(folder).free
-            trainer.open_run()
+            starting.open_run(trainer)
             seconds = report.check("step", lambda: step_found(trainer), together=True)
             report.check("evaluation", lambda: evaluation_found(trainer), together=True)
             saved = report.check("checkpoint", lambda: checkpoint_found(trainer, data), together=True)
@@ -156,7 +156,7 @@ def timed(task: type[BaseTrainer]) -> type[BaseTrainer]:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self.ends.append(time.perf_counter())
-            return stops or self.from_main(lambda: self.ends[-1] - self.begun > STEPS_SECONDS)
+            return stops or self.processes.from_main(lambda: self.ends[-1] - self.begun > STEPS_SECONDS)
 
         def train_epoch(self, train_loader: Any) -> dict[str, float]:
             self.begun = time.perf_counter()

@@ -68,11 +68,11 @@ def recording(number: int, window_start: int, processes: int) -> Adapt:
                 if self.window.is_last and parameter in self.of_others and parameter.grad is not None:
                     parameter.grad = self.of_others.pop(parameter) + parameter.grad
 
-            def load_checkpoint(self) -> None:
-                super().load_checkpoint()
+            def train_epochs(self) -> tuple[str, str]:
                 self.recorded = Step()
                 if self.state.step > window_start:  # begun within the window of the log line
                     self.recorded.window = {name: [*sums] for name, sums in self.state.window_sums.items()}
+                return super().train_epochs()
 
             def after_step(self, bar: Any) -> bool:
                 if self.state.step > window_start:
@@ -106,9 +106,9 @@ def recording(number: int, window_start: int, processes: int) -> Adapt:
                     return super().validate_epoch(val_loader)
                 return {self.config.monitor: 0.0}
 
-            def save_checkpoint(self) -> None:
+            def save_checkpoint(self, *, regular: bool = True) -> None:
                 if self.config.nonfinite == "rollback":  # there is something to go back to
-                    super().save_checkpoint()
+                    super().save_checkpoint(regular=regular)
 
         return Recording
 

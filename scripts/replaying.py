@@ -24,6 +24,7 @@ from trainer import checkpoint, signals
 from trainer.base_trainer import BaseTrainer
 from trainer.metrics import means
 from trainer.run_folder import RunFolder, saved_yaml, write_whole
+from trainer.saving import name_of_non_finite
 
 COLUMNS = 80
 ROUNDING = 1e-5  # relative: what sums in another order may change within some steps
@@ -65,7 +66,7 @@ def replay(run: Path, number: int, config: Config, processes: int | None = None)
         cut_as_by(trainer, processes)
         step, fault = run_to(trainer, number)
     show(number, step)
-    if not fault and written.stopped_at(number) and (name := trainer.name_of_non_finite()):
+    if not fault and written.stopped_at(number) and (name := name_of_non_finite(trainer.plain_model)):
         fault = f"{name} is not finite after step {number}"  # as a save would have found
     results = [*compared(written, number, step, processes), *compared_fault(written, number, fault)]
     excuses = why_bits_may_differ(written.environment, trainer, processes)

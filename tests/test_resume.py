@@ -20,7 +20,7 @@ from torch import nn
 from configs.errors import ConfigError, UserError
 from tests.conftest import ROOT, lines_of, run_script, same_run
 from tests.tiny import TinyNet, tiny_batches, tiny_trainer, weights
-from trainer import checkpoint
+from trainer import checkpoint, starting
 
 # accumulation, dropout (of simple_cnn), augmentation, mixing, averaging, clipping: whatever has or draws state
 OPTIONS = (
@@ -196,7 +196,7 @@ def test_unnamed_runs_of_one_second_get_folders_of_their_own(tmp_path):
     paths = set()
     for _ in range(3):
         trainer = started(tmp_path, experiment_name=None)
-        trainer.open_run()
+        starting.open_run(trainer)
         paths.add(trainer.run.path)
     assert len(paths) == 3
 

@@ -7,36 +7,33 @@ optimizer step, the seeds and the run folder are ours.
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from configs.errors import ConfigError, DataError, Diverged, UserError
 from configs.options import Config
 from data.order import Use, mix, seed_device
-from trainer import checkpoint, run_folder, saving, signals
-from trainer.agreement import Agreement
+from trainer import checkpoint, reporting, run_folder, saving, signals, starting
 from trainer.bad_samples import BadSamples, ReportingLoader
-from trainer.device import default_threads, make_accelerator, moved_ahead
+from trainer.device import make_accelerator, moved_ahead
 from trainer.ema import WeightAverage
 from trainer.losses import Criterion, Losses, Weights, loss_names, total
-from trainer.metrics import CURE, Meter, means
+from trainer.metrics import CURE, Meter
 from trainer.monitor import check_monitor, higher_is_better
 from trainer.nonfinite import NonFinite
 from trainer.optim import build_optimizers, clip_gradients, lr_factor
+from trainer.processes import Processes
 from trainer.progress import Clock, EpochBar, Table
 from trainer.state import TrainState
-from trainer.trackers import FINISH_SECONDS, STOPPED_SECONDS, Tracker, open_trackers
+from trainer.trackers import FINISH_SECONDS, STOPPED_SECONDS, Tracker
 from trainer.windows import NO_WINDOW, Batch, PositionedLoader, Window, as_dict, count_steps, grouped, samples_in
 
 
@@ -60,20 +57,22 @@ class BaseTrainer(ABC):
         self.config, self.train_loader, self.val_loader = config, train_loader, val_loader
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
-        processes = self.accelerator.num_processes
-        if config.batch_size % processes:
+        self.processes = Processes(self.accelerator)
+        self.reduce = self.processes.reduce
+        if config.batch_size % self.processes.number:
             raise ConfigError(
-                f"--batch_size {config.batch_size} cannot be shared by {processes} processes",
+                f"--batch_size {config.batch_size} cannot be shared by {self.processes.number} processes",
                 fix="it is the batch of all processes together: choose a multiple of their number",
             )
-        self.batch_share = config.batch_size // processes
+        self.batch_share = config.batch_size // self.processes.number
 
-        self.run = run_folder.RunFolder(self.from_main(lambda: run_folder.find(config)), writes=self.is_main)
-        self.resume_from, self.messages = self.from_main(self.find_checkpoint)
-        self.state = TrainState(wandb_id=self.from_main(lambda: uuid4().hex[:12]))
+        from_main = self.processes.from_main
+        self.run = run_folder.RunFolder(from_main(lambda: run_folder.find(config)), writes=self.is_main)
+        self.resume_from, self.messages = from_main(lambda: starting.find_checkpoint(self))
+        self.state = TrainState(wandb_id=from_main(lambda: uuid4().hex[:12]))
         if self.resume_from:
             self.state = TrainState.from_json(checkpoint.read_state(self.resume_from))
-        self.set_threads()
+        starting.set_threads(self)
 
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
@@ -88,13 +87,10 @@ class BaseTrainer(ABC):
 
         self.loss_weights: Weights = None  # get_criterion may set them
         self.criterion: Criterion = self.get_criterion()
-        reduce = (lambda tensor: self.accelerator.reduce(tensor, "sum")) if processes > 1 else None
-        self.reduce = reduce
-        self.bad_samples = BadSamples(self.run, config.max_bad_fraction, self.gather_lines)
-        self.meter = Meter(self.hits, reduce, finite_only=config.nonfinite != "stop")
+        self.bad_samples = BadSamples(self.run, config.max_bad_fraction, self.processes.gather_lines)
+        self.meter = Meter(self.hits, self.reduce, finite_only=config.nonfinite != "stop")
         self.nonfinite = NonFinite(self)
         self.saver = saving.Saver(self)
-        self.agreement = Agreement(processes, words=3)
         self.window = NO_WINDOW
         self.lr = 0.0
         self.grad_norm: Tensor | None = None
@@ -103,7 +99,7 @@ class BaseTrainer(ABC):
         self.steps_per_epoch = count_steps(train_loader, self.batch_share, config.max_steps)
         self.total_steps = config.max_steps or self.steps_per_epoch * config.epochs
         self.exhausted = False  # the loader has given all of its epoch
-        self.check_config()
+        starting.check_lengths(self)
         self.trackers: list[Tracker] = []
         self.table = Table(config.monitor, shown=self.is_main)
 
@@ -163,10 +159,10 @@ class BaseTrainer(ABC):
             return self.train_until_stopped()
 
     def train_until_stopped(self) -> dict[str, Any]:
-        self.load_checkpoint()
+        starting.load_checkpoint(self)
         if self.finished:
             return self.already_done()
-        self.open_run()
+        starting.open_run(self)
         try:
             return self.leave(*self.train_epochs())
         except BaseException as error:
@@ -231,7 +227,7 @@ class BaseTrainer(ABC):
         self.log_metrics(results)
         self.table.line(state.epoch, results, self.clock.speed(), best=is_best)
         if is_best:
-            self.from_main(lambda: saving.save_best(self, judged))
+            self.processes.from_main(lambda: saving.save_best(self, judged))
         ranked = sorted([*state.best_steps, (value, state.step)], key=lambda e: (-e[0] if higher else e[0], e[1]))
         state.best_steps = ranked[: config.keep_best]
         if self.exhausted or state.step_in_epoch >= self.steps_per_epoch:
@@ -245,12 +241,12 @@ class BaseTrainer(ABC):
         self.run.log("epoch", {**place, **results["train"]})
         if "val" in results:
             self.run.log("val", {**place, **results["val"]})
-        self.log_speed()
+        reporting.log_speed(self)
         flat = {f"{part}/{name}": value for part, values in results.items() for name, value in values.items()}
-        self.track({name.replace("train/", "epoch/", 1): value for name, value in flat.items()})
+        reporting.track(self, {name.replace("train/", "epoch/", 1): value for name, value in flat.items()})
 
     def leave(self, state: str, reason: str) -> dict[str, Any]:
-        self.agreement.hear()  # nothing may be on its way when processes part
+        self.processes.hear()  # nothing may be on its way when processes part
         self.save_checkpoint(regular=False)
         self.saver.finish()
         result = {"state": state, **self.standing(), "reason": reason}
@@ -300,7 +296,7 @@ class BaseTrainer(ABC):
         reports = isinstance(train_loader, ReportingLoader)  # asked once: 5 us
         for batches in groups:
             counts = [self.count(batch) for batch in batches]
-            self.clock.samples += sum(map(samples_in, batches)) * self.accelerator.num_processes
+            self.clock.samples += sum(map(samples_in, batches)) * self.processes.number
             if reports:
                 self.bad_samples.collect("train", train_loader, self.state.step + 1)
             yield Window(batches, counts, self.window_total(counts, train_loader))
@@ -353,7 +349,7 @@ class BaseTrainer(ABC):
         """Backward; after the last micro-batch of the window also clip, step, average and count."""
         loss, window, config, state = total(losses), self.window, self.config, self.state
         if len(window.batches) > 1 or self.reduce is not None:  # a mean over part of the window weighs by its part
-            loss = loss * (window.counts[window.number] * self.accelerator.num_processes / window.total)
+            loss = loss * (window.counts[window.number] * self.processes.number / window.total)
         loss = self.nonfinite.looked_at(loss)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if not window.is_last:
@@ -395,11 +391,11 @@ class BaseTrainer(ABC):
         saves = config.save_every_steps is not None and state.step % config.save_every_steps == 0
         bar.step()
         if config.trace_samples:
-            self.trace_samples()
+            reporting.trace_samples(self)
         if self.nonfinite.looks_at_once or logs or saves or at_end:
             self.nonfinite.settle()
         if logs:
-            self.log_step(bar)
+            reporting.log_step(self, bar)
         if (self.poll() or saves) and not at_end:
             self.save_checkpoint(regular=saves)
         return stops
@@ -412,7 +408,7 @@ class BaseTrainer(ABC):
         minutes, reason = self.config.save_every_minutes, signals.stop_reason()
         due = minutes is not None and self.is_main and time.monotonic() - self.saver.last_save >= 60 * minutes
         stop = signals.REASONS.index(reason) + 1 if reason else 0
-        stop, save, failed = self.agreement.exchange(stop, int(due), int(self.saver.failed))
+        stop, save, failed = self.processes.exchange(stop, int(due), int(self.saver.failed))
         if failed:
             self.saver.finish()
         if stop:
@@ -429,47 +425,6 @@ class BaseTrainer(ABC):
             self.poll()
             yield batch
 
-    def log_step(self, bar: EpochBar) -> None:
-        """The means since the last log line. Here, and nowhere else in the loop, the device is waited for."""
-        self.meter.read(self.state.window_sums, self.state.epoch_sums)
-        values = {**means(self.state.window_sums), "lr": self.lr}
-        if self.grad_norm is not None and math.isfinite(norm := float(self.grad_norm)):
-            values["grad_norm"] = norm
-        self.state.window_sums = {}
-        self.share_bad_samples()
-        self.run.log("train", {"step": self.state.step, "epoch": self.state.epoch, **values})
-        self.track({f"train/{name}": value for name, value in values.items()})
-        bar.show(values)
-
-    def share_bad_samples(self) -> None:
-        self.bad_samples.share(self.state.step * self.config.batch_size)
-
-    def gather_lines(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those of all processes, on each; as a rule there are none, and one number is all that is exchanged."""
-        if self.reduce is None or not self.reduce(torch.tensor(len(lines), device=self.device)):
-            return lines
-        return gather_object(lines)
-
-    def log_speed(self) -> None:
-        values = self.clock.speed() | {"save_stall_seconds": self.saver.stall_seconds}
-        self.saver.stall_seconds = 0.0
-        if self.device.type == "cuda":
-            values["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
-        self.run.log("speed", {"step": self.state.step, "epoch": self.state.epoch, **values})
-        self.track({f"speed/{name}": value for name, value in values.items()})
-
-    def track(self, values: dict[str, float]) -> None:
-        for tracker in self.trackers:
-            tracker.log(values, self.state.step)
-
-    def trace_samples(self) -> None:
-        """The ids of the whole global batch, as they were computed."""
-        if "ids" not in self.window.batches[0]:
-            raise ConfigError("--trace_samples needs batches that are dicts with `ids`", fix="leave it out")
-        ids = torch.cat([batch["ids"].to(self.device) for batch in self.window.batches])
-        everywhere = ids if self.reduce is None else self.accelerator.gather(ids)
-        self.run.log_samples(self.state.step, self.state.epoch, everywhere.tolist())
-
     # ---- saving and coming back ---------------------------------------------------------------------------
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -479,27 +434,13 @@ class BaseTrainer(ABC):
     def save_checkpoint(self, *, regular: bool = True) -> None:
         """Save where the run stands. regular: because the config says so, not a clock or a signal."""
         self.meter.read(self.state.window_sums, self.state.epoch_sums)  # raises Diverged on a loss of NaN
-        if name := self.name_of_non_finite():
+        if name := saving.name_of_non_finite(self.plain_model):
             raise Diverged(f"{name} is not finite after step {self.state.step}", fix=CURE)
-        self.share_bad_samples()
+        reporting.share_bad_samples(self)
         if regular:
             self.state.regular_step = self.state.step
         self.saver.save()
         self.run.status("running", **self.standing())
-
-    def name_of_non_finite(self) -> str:
-        """The weight or buffer that must not be saved."""
-        tensors = self.plain_model.state_dict().items()
-        return next((name for name, t in tensors if t.is_floating_point() and not t.isfinite().all()), "")
-
-    def load_checkpoint(self) -> None:
-        """Take up the checkpoint that the run continues from, once: a second train() goes on from where it is."""
-        folder, self.resume_from = self.resume_from, None
-        if folder is not None:
-            saving.load_checkpoint(self, folder)
-            self.saver.saved = self.state.to_json()
-            if self.is_main:
-                print(f"continuing {self.run.path} after step {self.state.step} (epoch {self.state.epoch + 1})")
 
     def roll_back(self) -> int:
         """Go back to the weights of the last regular checkpoint, and forward over the data since; their step."""
@@ -507,86 +448,3 @@ class BaseTrainer(ABC):
         saving.roll_back(self, step)
         self.save_checkpoint()
         return step
-
-    def open_run(self) -> None:
-        config = self.config
-        unnamed = config.resume == "auto" and (config.experiment_name is None or config.fresh)
-        if self.from_main(lambda: self.run.create(only_new=unnamed and not self.state.step)) and self.is_main:
-            print(f"run       {self.run.path}, since another run took the name")
-        self.run.move_to(self.from_main(lambda: self.run.path))
-        self.run.set_back(self.state.step, self.state.evaluated_step)
-        self.accelerator.wait_for_everyone()  # all read what the main process has left of it
-        self.bad_samples.remember()
-        if self.is_main:
-            for line in checkpoint.set_aside(self.run.checkpoints, self.state.step):
-                print(line)
-        self.run.open(
-            config,
-            run_folder.environment(
-                str(self.device),
-                processes=self.accelerator.num_processes,
-                mixed_precision=self.accelerator.mixed_precision,
-                cpu_threads=self.state.cpu_threads,
-            ),
-        )
-        self.run.status("running", **self.standing())
-        if self.is_main:
-            self.trackers = open_trackers(config, self.run.path, self.state.wandb_id)
-
-    # ---- small things of the start ------------------------------------------------------------------------
-
-    def check_config(self) -> None:
-        """What only the loaders' lengths and the number of processes tell."""
-        config = self.config
-        samples = getattr(self.train_loader, "size", None)
-        if self.resume_from and self.state.train_samples not in (None, samples):
-            raise ConfigError(
-                f"the run was begun with {self.state.train_samples:,} training samples, now there are {samples or 0:,}",
-                where=str(self.run.path),
-                fix="put the data back, or begin a run of another --experiment_name",
-            )
-        self.state.train_samples = samples
-        if not config.max_steps and self.train_loader is not None and config.warmup_steps >= self.total_steps:
-            raise ConfigError(
-                f"--warmup_steps {config.warmup_steps} must be less than the run's {self.total_steps} steps"
-            )
-        if (config.mixup or config.cutmix) and self.batch_share % 2:
-            raise ConfigError(
-                f"--mixup and --cutmix pair samples, and each process has {self.batch_share} of --batch_size "
-                f"{config.batch_size}",
-                fix="choose a batch size that is twice a multiple of the processes",
-            )
-
-    def set_threads(self) -> None:
-        """Threads and algorithms decide the last bits: set them before anything is computed, keep them at a resume."""
-        here = max(1, self.accelerator.num_processes)
-        if self.config.cpu_threads or not self.resume_from:
-            self.state.cpu_threads = self.config.cpu_threads or default_threads(here)
-        torch.set_num_threads(self.state.cpu_threads)
-        if self.config.deterministic:
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
-
-    def find_checkpoint(self) -> tuple[Path | None, list[str]]:
-        """The checkpoint to continue from, in a folder that is this process's alone from here on."""
-        self.run.lock()
-        if self.run.checkpoints.is_dir() and self.run.locked:
-            checkpoint.tidy(self.run.checkpoints)
-        found, lines = run_folder.find_checkpoint(self.config, self.run.path)
-        return found, lines + (run_folder.check_same_run(self.config, self.run.path) if found else [])
-
-    def from_main(self, work: Callable[[], Any]) -> Any:
-        """What the main process's work returns, on every process; its error, too, so that none waits for ever."""
-        if self.accelerator.num_processes == 1:
-            return work()
-        result = error = told = None
-        if self.is_main:
-            try:
-                result = work()
-            except Exception as fault:
-                error = fault
-                told = fault if isinstance(fault, UserError) else UserError(f"the main process failed: {fault}")
-        result, told = broadcast_object_list([result, told])
-        if told is not None:
-            raise error or told
-        return result

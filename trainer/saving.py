@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from configs.errors import UserError
 from trainer import checkpoint
@@ -51,10 +52,11 @@ class Saver:
             return
         hidden = trainer.run.checkpoints / f".step_{trainer.state.step:08d}"
         self.finish()
-        trainer.from_main(lambda: self.guarded(hidden, lambda: checkpoint.begin(hidden.parent, trainer.state.step)))
+        from_main, step = trainer.processes.from_main, trainer.state.step
+        from_main(lambda: self.guarded(hidden, lambda: checkpoint.begin(hidden.parent, step)))
         fault = self.caught(hidden, lambda: trainer.accelerator.save_state(str(hidden)))
         trainer.accelerator.wait_for_everyone()  # the other processes' files lie there, too
-        trainer.from_main(lambda: self.complete(hidden, state, fault))
+        from_main(lambda: self.complete(hidden, state, fault))
         self.saved, self.last_save = state, time.monotonic()
         self.stall_seconds += self.last_save - start
 
@@ -98,7 +100,7 @@ class Saver:
         if self.thread is not None:
             self.thread.join()
             self.thread = None
-        self.trainer.from_main(self.raise_error)
+        self.trainer.processes.from_main(self.raise_error)
 
     def raise_error(self) -> None:
         error, self.error = self.error, None
@@ -175,10 +177,16 @@ def load_checkpoint(trainer: BaseTrainer, folder: Path) -> None:
         ) from error
 
 
+def name_of_non_finite(model: nn.Module) -> str:
+    """The first weight or buffer that must not be saved; "" where all are finite."""
+    tensors = model.state_dict().items()
+    return next((name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()), "")
+
+
 def roll_back(trainer: BaseTrainer, step: int) -> None:
     """Weights, optimizer and averages of the checkpoint of a step; where the run stands stays as it is."""
     trainer.saver.finish()
     folder = trainer.run.checkpoints / f"step_{step:08d}"
-    if wrong := trainer.from_main(lambda: checkpoint.fault(folder)):
+    if wrong := trainer.processes.from_main(lambda: checkpoint.fault(folder)):
         raise UserError(f"the checkpoint to go back to is damaged: {wrong}", where=str(folder))
     load_checkpoint(trainer, folder)
