@@ -377,6 +377,25 @@ def test_lines_of_an_evaluation_that_is_done_again_are_forgotten(tmp_path):
     assert lines_of(tmp_path / "x") == lines_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("end", [{"epochs": 2}, {"max_steps": 3}])
+def test_a_run_stopped_in_its_last_evaluation_does_it_when_it_comes_back(tmp_path, end):
+    started(tmp_path, experiment_name="whole", ema_decay=0.9, trace_samples=False, **end).train()
+    trainer = started(tmp_path, ema_decay=0.9, **end)
+
+    class StoppedAtTheEnd(list):
+        def __iter__(self):
+            if trainer.state.step == trainer.total_steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__iter__()
+
+    trainer.val_loader = StoppedAtTheEnd(trainer.val_loader)
+    assert trainer.train()["state"] == "preempted"
+    again = started(tmp_path, ema_decay=0.9, **end)
+    assert again.train()["state"] == "done"
+    assert again.session_steps == 0
+    assert lines_of(tmp_path / "x") == lines_of(tmp_path / "whole")
+
+
 def test_a_run_killed_after_its_last_save_says_that_it_is_done_and_keeps_no_more_than_it_should(tmp_path):
     started(tmp_path, keep_last=9, monitor="loss").train()
     status = (tmp_path / "x" / "status.json").read_text()

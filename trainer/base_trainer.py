@@ -201,7 +201,8 @@ class BaseTrainer(ABC):
     @property
     def finished(self) -> bool:
         out_of_patience = self.config.early_stopping and self.state.monitor.bad_evaluations >= self.config.patience
-        return self.state.step >= self.total_steps or out_of_patience
+        state = self.state
+        return (state.step >= self.total_steps and state.evaluated_step == state.step) or out_of_patience
 
     def epoch_is_complete(self) -> bool:
         return self.exhausted or self.state.step_in_epoch >= self.steps_per_epoch or self.state.step >= self.total_steps
@@ -288,6 +289,8 @@ class BaseTrainer(ABC):
     def windows(self, train_loader: Iterable[Any]) -> Iterator[Window]:
         """Group micro-batches into optimizer steps of batch_size / processes samples; the last may have fewer."""
         done, self.exhausted = self.state.step_in_epoch, False
+        if self.state.step >= self.total_steps:  # stopped in the last evaluation, which is still to be done
+            return
         if isinstance(train_loader, PositionedLoader):
             train_loader.set_position(self.state.epoch, done)
             done = 0
