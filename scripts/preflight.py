@@ -49,6 +49,7 @@ def check(config: Config) -> int:
     """Try out what the run of this config needs, a line each; exit code 0, or 1 where something would fail."""
     with signals.at_once():  # the temporary folder is all there is to clear up
         accelerator = make_accelerator(config)
+        config = replace(config, mixed_precision=accelerator.mixed_precision)  # as build_trainer will
         report = Report(accelerator.num_processes, shown=accelerator.is_main_process)
         with scratch_folder(Path(config.output_dir), accelerator) as folder:
             trial = replace(config, output_dir=str(folder), **OFF)
