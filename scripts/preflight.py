@@ -86,6 +86,7 @@ class Report:
     def __init__(self, processes: int, *, shown: bool):
         self.processes, self.shown = processes, shown
         self.checks = self.failed = 0
+        self.notes: list[str] = []
 
     def check(self, name: str, look: Callable[[], tuple[str, Any]], *, together: bool = False) -> Any:
         """Print what `look` found, or how it failed; what else it returned, None where it failed. together: all
@@ -101,12 +102,17 @@ class Report:
             self.line("FAIL", name, fault.what + (f" ({fault.where})" if fault.where else ""))
             if fault.fix:
                 self.line("", "", f"fix: {fault.fix}")
-            return None
-        self.line("ok", name, found)
+            found, value = "", None
+        if found:
+            self.line("ok", name, found)
+        for text in self.notes:
+            self.line("note", "", text)
+        self.notes = []
         return value
 
     def note(self, text: str) -> None:
-        self.line("note", "", text)
+        """To be told after the line of the check that is being made."""
+        self.notes.append(text)
 
     def time(self, step_seconds: float, steps: int) -> None:
         self.line("note", "time", f"about {duration(step_seconds * steps)} for {steps:,} steps, without evaluations")
@@ -177,7 +183,7 @@ def run_folder_found(config: Config, total_steps: int, report: Report) -> tuple[
         return f"{path} {'has no checkpoint: the run begins anew' if path.exists() else 'will be made'}", total_steps
     step = checkpoint.read_state(found)["step"]
     left = max(0, total_steps - step)
-    return f"{path} {'will be continued after' if left else 'is finished, with'} step {step:,}", left
+    return f"{path} {'will be continued' if left else 'is finished'} after step {step:,}", left
 
 
 def step_found(trainer: Any) -> tuple[str, float]:
