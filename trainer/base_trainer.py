@@ -171,7 +171,7 @@ class BaseTrainer(ABC):
             return self.leave(*self.train_epochs())
         except BaseException as error:
             state = "diverged" if isinstance(error, Diverged) else "failed"
-            with suppress(OSError):  # a full disk must not hide what is being told
+            with suppress(UserError):  # a full disk must not hide what is being told
                 self.run.status(state, **self.standing(), reason=str(error)[:1000] or type(error).__name__)
             raise
         finally:

@@ -10,7 +10,8 @@ import platform
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ class RunFolder:
             import fcntl
         except ImportError:  # Windows
             return
-        file = (self.path / ".lock").open("a+")
+        with self.telling():
+            file = (self.path / ".lock").open("a+")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -65,10 +67,11 @@ class RunFolder:
                 where=str(self.path),
                 fix="wait for it or stop it; or choose another --experiment_name, or --fresh for a new folder",
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
         self._lock = file
+        with suppress(OSError):  # of a full disk; the name is for others to read
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
 
     @property
     def locked(self) -> bool:
@@ -80,7 +83,7 @@ class RunFolder:
         if not self.writes:
             return False
         path = self.path
-        try:
+        with self.telling():
             while True:
                 try:
                     self.path.mkdir(parents=True, exist_ok=self.known)
@@ -91,13 +94,15 @@ class RunFolder:
                     elif self.path.is_dir():
                         self.lock()  # raises, and names the owner, where it lives
                         self.close()
-                        raise self.taken() from None
+                        raise ConfigError(
+                            "another start has taken the name just now",
+                            where=str(self.path),
+                            fix="the same command continues that run now; or choose another --experiment_name",
+                        ) from None
                     else:
                         raise
             self.known = True
             self.checkpoints.mkdir(exist_ok=True)
-        except OSError as error:
-            raise self.cannot_write(error) from None
         self.lock()
         return self.path != path
 
@@ -108,26 +113,24 @@ class RunFolder:
         """Write what the run is, and begin its files of lines."""
         if not self.writes:
             return
-        try:
+        with self.telling():
             write_whole(self.path / "config.yaml", saved_yaml(config))
             write_whole(self.path / "env.json", json.dumps(environment, indent=1))
             self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
             if config.trace_samples:
                 self._samples = (self.path / "samples.jsonl").open("a", buffering=1)
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """What keeps the folder from being written becomes a UserError that names it."""
+        try:
+            yield
         except OSError as error:
-            raise self.cannot_write(error) from None
-
-    def taken(self) -> ConfigError:
-        return ConfigError(
-            "another start has taken the name just now",
-            where=str(self.path),
-            fix="the same command continues that run once it has ended; or choose another --experiment_name",
-        )
-
-    def cannot_write(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write the run folder: {error.strerror}", where=str(self.path), fix="choose another --output_dir"
-        )
+            raise UserError(
+                f"cannot write the run folder: {error.strerror}",
+                where=str(self.path),
+                fix="free some space, or choose another --output_dir; what was saved stands",
+            ) from error
 
     def log(self, kind: str, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
@@ -140,7 +143,7 @@ class RunFolder:
 
     def log_bad_sample(self, line: dict[str, Any]) -> None:
         if self.writes:
-            with (self.path / "bad_samples.jsonl").open("a") as file:
+            with self.telling(), (self.path / "bad_samples.jsonl").open("a") as file:
                 self._write(file, line)
 
     def _write(self, file: Any, line: dict[str, Any]) -> None:
@@ -156,7 +159,8 @@ class RunFolder:
     def status(self, state: str, **values: Any) -> None:
         """status.json: the truth about how a run ended, whatever the launcher says."""
         if self.writes and self.path.is_dir():
-            write_whole(self.path / "status.json", json.dumps({"state": state, **values}, indent=1))
+            with self.telling():
+                write_whole(self.path / "status.json", json.dumps({"state": state, **values}, indent=1))
 
     def read_status(self) -> dict[str, Any]:
         try:
@@ -170,7 +174,8 @@ class RunFolder:
             path = self.path / name
             if path.is_file():
                 kept = [line for line in path.read_text().splitlines() if stands(line, step, evaluated_step)]
-                write_whole(path, "".join(line + "\n" for line in kept))
+                with self.telling():
+                    write_whole(path, "".join(line + "\n" for line in kept))
 
     def close(self) -> None:
         for file in (self._metrics, self._samples, self._lock):
@@ -188,7 +193,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def stands(line: str, step: int, evaluated_step: int) -> bool:
-    """Whether a line is of what the run goes on from. A look at the test set stays on record, whatever is done again."""
+    """Whether a line is of what the run goes on from. A look at the test set stays on record in any case."""
     try:
         entry = json.loads(line)
         kind = entry.get("kind")
