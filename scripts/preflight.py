@@ -133,10 +133,11 @@ def scratch_folder(root: Path, accelerator: Accelerator) -> Iterator[Path]:
     try:
         if accelerator.is_main_process:
             try:
-                root.mkdir(parents=True, exist_ok=True)
-                told = [Path(tempfile.mkdtemp(prefix=".check-", dir=root))]
-            except OSError as error:
-                told = [run_folder.RunFolder(root).cannot_write(error)]
+                with run_folder.RunFolder(root).telling():
+                    root.mkdir(parents=True, exist_ok=True)
+                    told = [Path(tempfile.mkdtemp(prefix=".check-", dir=root))]
+            except UserError as error:
+                told = [error]
         (told[0],) = broadcast_object_list(told)
         if isinstance(told[0], UserError):
             raise told[0]

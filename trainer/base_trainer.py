@@ -169,7 +169,7 @@ class BaseTrainer(ABC):
             if not isinstance(error, UserError):
                 error.add_note(self.where_it_is())
             state = "diverged" if isinstance(error, Diverged) else "failed"
-            with suppress(OSError):  # a full disk must not hide what is being told
+            with suppress(UserError):  # a full disk must not hide what is being told
                 self.run.status(state, **self.standing(), reason=str(error)[:1000] or type(error).__name__)
             raise
         finally:

@@ -11,7 +11,8 @@ import re
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ class RunFolder:
             import fcntl
         except ImportError:  # Windows
             return
-        file = (self.path / ".lock").open("a+")
+        with self.telling():
+            file = (self.path / ".lock").open("a+")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -67,10 +69,11 @@ class RunFolder:
                 where=str(self.path),
                 fix="wait for it or stop it; or choose another --experiment_name, or --fresh for a new folder",
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
         self._lock = file
+        with suppress(OSError):  # of a full disk; the name is for others to read
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
 
     @property
     def locked(self) -> bool:
@@ -82,7 +85,7 @@ class RunFolder:
         if not self.writes:
             return False
         path = self.path
-        try:
+        with self.telling():
             while True:
                 try:
                     self.path.mkdir(parents=True, exist_ok=self.known)
@@ -93,13 +96,15 @@ class RunFolder:
                     elif self.path.is_dir():
                         self.lock()  # raises, and names the owner, where it lives
                         self.close()
-                        raise self.taken() from None
+                        raise ConfigError(
+                            "another start has taken the name just now",
+                            where=str(self.path),
+                            fix="the same command continues that run now; or choose another --experiment_name",
+                        ) from None
                     else:
                         raise
             self.known = True
             self.checkpoints.mkdir(exist_ok=True)
-        except OSError as error:
-            raise self.cannot_write(error) from None
         self.lock()
         return self.path != path
 
@@ -110,26 +115,24 @@ class RunFolder:
         """Write what the run is, and begin its files of lines."""
         if not self.writes:
             return
-        try:
+        with self.telling():
             write_whole(self.path / "config.yaml", saved_yaml(config))
             write_whole(self.path / "env.json", json.dumps(environment, indent=1))
             self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
             if config.trace_samples:
                 self._samples = (self.path / "samples.jsonl").open("a", buffering=1)
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """What keeps the folder from being written becomes a UserError that names it."""
+        try:
+            yield
         except OSError as error:
-            raise self.cannot_write(error) from None
-
-    def taken(self) -> ConfigError:
-        return ConfigError(
-            "another start has taken the name just now",
-            where=str(self.path),
-            fix="the same command continues that run once it has ended; or choose another --experiment_name",
-        )
-
-    def cannot_write(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write the run folder: {error.strerror}", where=str(self.path), fix="choose another --output_dir"
-        )
+            raise UserError(
+                f"cannot write the run folder: {error.strerror}",
+                where=str(self.path),
+                fix="free some space, or choose another --output_dir; what was saved stands",
+            ) from error
 
     def log(self, kind: str, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
@@ -142,7 +145,7 @@ class RunFolder:
 
     def log_bad_sample(self, line: dict[str, Any]) -> None:
         if self.writes:
-            with (self.path / "bad_samples.jsonl").open("a") as file:
+            with self.telling(), (self.path / "bad_samples.jsonl").open("a") as file:
                 self._write(file, {name: hide_secrets(v) if isinstance(v, str) else v for name, v in line.items()})
 
     def _write(self, file: Any, line: dict[str, Any]) -> None:
@@ -158,7 +161,8 @@ class RunFolder:
     def status(self, state: str, **values: Any) -> None:
         """status.json: the truth about how a run ended, whatever the launcher says."""
         if self.writes and self.path.is_dir():
-            write_whole(self.path / "status.json", hide_secrets(json.dumps({"state": state, **values}, indent=1)))
+            with self.telling():
+                write_whole(self.path / "status.json", hide_secrets(json.dumps({"state": state, **values}, indent=1)))
 
     def read_status(self) -> dict[str, Any]:
         try:
@@ -172,7 +176,8 @@ class RunFolder:
             path = self.path / name
             if path.is_file():
                 kept = [line for line in path.read_text().splitlines() if stands(line, step, evaluated_step)]
-                write_whole(path, "".join(line + "\n" for line in kept))
+                with self.telling():
+                    write_whole(path, "".join(line + "\n" for line in kept))
 
     def close(self) -> None:
         for file in (self._metrics, self._samples, self._lock):

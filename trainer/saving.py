@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from configs.errors import UserError
 from trainer import checkpoint
@@ -125,33 +125,43 @@ class Saver:
             write()
             return None
         except WRITE_FAULTS as error:
+            fault = cannot_write(self.trainer, f"the checkpoint of step {step_in_name(hidden)}", hidden.parent, error)
             shutil.rmtree(hidden, ignore_errors=True)
-            weights_bytes = sum(p.numel() * p.element_size() for p in self.trainer.plain_model.parameters())
-            try:
-                free = f"{shutil.disk_usage(hidden.parent).free / 1e6:,.1f} MB free"
-            except OSError:
-                free = "the folder has gone"
-            lines = str(error).splitlines() or [type(error).__name__]
-            return UserError(
-                f"the checkpoint of step {step_in_name(hidden)} could not be written: {lines[0]} "
-                f"({free}, {weights_bytes / 1e6:,.1f} MB of weights to write)",
-                where=str(hidden.parent),
-                fix="free some space; earlier checkpoints stand, the same command continues from the newest",
-            )
+            return fault
 
 
 def step_in_name(hidden: Path) -> int | None:
     return checkpoint.step_of(hidden.with_name(hidden.name[1:]))
 
 
+def cannot_write(trainer: BaseTrainer, what: str, folder: Path, error: Exception) -> UserError:
+    """The library's words with what they often leave out: where, and how much room there is and should be."""
+    tensors = [*trainer.plain_model.state_dict().values()] * (2 if trainer.ema else 1)
+    tensors += [value for o in trainer.optimizers for state in list(o.state.values()) for value in state.values()]
+    needed = sum(value.nbytes for value in tensors if isinstance(value, Tensor))
+    try:
+        free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB free, a checkpoint has {needed / 1e6:,.1f} MB"
+    except OSError:
+        free = "the folder has gone"
+    lines = str(error).splitlines() or [type(error).__name__]
+    return UserError(
+        f"{what} could not be written: {lines[0]} ({free})",
+        where=str(folder),
+        fix="free some space; earlier checkpoints stand, the same command continues from the newest",
+    )
+
+
 def save_best(trainer: BaseTrainer, metrics: dict[str, float]) -> None:
     """best/: the model as `from_pretrained` loads it, with its averaged weights where there are such."""
     best, model = trainer.run.best, trainer.plain_model
     part = "Validation" if trainer.val_loader is not None else "Training"
-    best.mkdir(parents=True, exist_ok=True)
-    write_whole(best / "README.md", model_card(trainer.config, model.config(), metrics, trainer.state.step, part))
-    with trainer.averaged():
-        model.save_pretrained(best)
+    try:
+        best.mkdir(parents=True, exist_ok=True)
+        write_whole(best / "README.md", model_card(trainer.config, model.config(), metrics, trainer.state.step, part))
+        with trainer.averaged():
+            model.save_pretrained(best)
+    except WRITE_FAULTS as error:
+        raise cannot_write(trainer, "the best model", trainer.run.path, error) from error
 
 
 def load_checkpoint(trainer: BaseTrainer, folder: Path) -> None:
