@@ -174,7 +174,7 @@ def load_checkpoint(trainer: BaseTrainer, folder: Path) -> None:
     try:
         trainer.accelerator.load_state(str(folder))
         if trainer.ema is not None:
-            trainer.ema.load_state_dict(load_file(folder / "ema.safetensors", device=str(trainer.device)))
+            trainer.ema.load_state_dict(load_file(folder / "ema.safetensors"))
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"the checkpoint does not fit the model: {' '.join(str(error).split())[:300]}",
