@@ -51,7 +51,7 @@ def check(config: Config) -> int:
         accelerator = make_accelerator(config)
         config = replace(config, mixed_precision=accelerator.mixed_precision)  # as build_trainer will
         report = Report(accelerator.num_processes, shown=accelerator.is_main_process)
-        with scratch_folder(Path(config.output_dir), accelerator) as folder:
+        with scratch_folder(run_folder.find(config).parent, accelerator) as folder:
             trial = replace(config, output_dir=str(folder), **OFF)
             trainer, data, notes = build_trainer(trial, timed)
             left: int | None = None  # steps
@@ -278,7 +278,7 @@ def space_found(config: Config, saved: dict[str, int], free_bytes: int) -> tuple
     text = f"{count} checkpoints and best/ need {size(max(0, needed))}, {size(free_bytes)} are free"
     if needed > free_bytes:
         raise UserError(
-            text + f" in {config.output_dir}",
+            f"{text} in {path.parent}",
             fix="free some space, lower --keep_last or --keep_best, or choose another --output_dir",
         )
     return text, None

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -169,34 +170,40 @@ def in_a_child(work: Callable[[], None]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.fixture
+def open_path():
+    """A temporary folder that others reach; they cannot reach pytest's."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to become somebody else")
 @pytest.mark.parametrize("folder", ["", "x", "x/checkpoints", "x/best"])
-def test_a_folder_that_may_not_be_written_is_named_and_nothing_changes(tmp_path, undisturbed, folder):
+def test_a_folder_that_may_not_be_written_is_named_and_nothing_changes(open_path, undisturbed, folder):
     """As another user: the output folder before the run, or a folder of the run when it is continued."""
-    tmp_path.parent.parent.chmod(0o755)
-    tmp_path.parent.chmod(0o755)
     nobody = 65534
     if folder:
-        run_in(tmp_path, stop_after_steps=3).train()
-        (tmp_path / "x" / "best").mkdir()
-        for path in [tmp_path, *tmp_path.rglob("*")]:
+        run_in(open_path, stop_after_steps=3).train()
+        (open_path / "x" / "best").mkdir()
+        for path in [open_path, *open_path.rglob("*")]:
             os.chown(path, nobody, nobody)
-    (tmp_path / folder).chmod(0o555)
-    before = {path: path.stat() for path in tmp_path.rglob("*")}
+    (open_path / folder).chmod(0o555)
+    before = {path: path.stat() for path in open_path.rglob("*")}
 
     def as_nobody():
         os.setegid(nobody)
         os.seteuid(nobody)
         with pytest.raises(UserError, match="[Pp]ermission denied") as error:
-            run_in(tmp_path).train()
-        assert f"where: {tmp_path}" in str(error.value)
+            run_in(open_path).train()
+        assert f"where: {open_path}" in str(error.value)
 
     in_a_child(as_nobody)
     saved = {path: found for path, found in before.items() if "step_" in str(path)}
     assert all(path.stat() == found for path, found in saved.items())
-    (tmp_path / folder).chmod(0o755)
-    run_in(tmp_path).train()
-    same_run(undisturbed, tmp_path / "x")
+    (open_path / folder).chmod(0o755)
+    run_in(open_path).train()
+    same_run(undisturbed, open_path / "x")
 
 
 def test_a_run_folder_that_is_removed_while_training_stops_the_run_at_the_next_save(tmp_path, undisturbed):

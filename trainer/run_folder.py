@@ -41,7 +41,8 @@ class RunFolder:
         self._metrics: Any = None
         self._samples: Any = None
         self._lock: Any = None
-        self.known = path.is_dir()  # at the start: a folder that appears later is another run's
+        with self.telling():
+            self.known = path.is_dir()  # at the start: a folder that appears later is another run's
 
     def lock(self) -> None:
         """Keep other processes out as long as this one lives. Raises ConfigError where one is in the folder.
@@ -131,7 +132,7 @@ class RunFolder:
             raise UserError(
                 f"cannot write the run folder: {error.strerror}",
                 where=str(self.path),
-                fix="free some space, or choose another --output_dir; what was saved stands",
+                fix="free some space or make it writable, or choose another --output_dir; what was saved stands",
             ) from error
 
     def log(self, kind: str, values: dict[str, Any]) -> None:
