@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 from configs.errors import ConfigError
+from configs.names import check_texts
+from configs.secrets import shown
 
 OF_DATASETS = ("data_files", "image_column", "label_column")  # of no use with an image folder
 
@@ -130,6 +131,8 @@ class RunOptions:
     """Folder of the run folders."""
     resume: str = "auto"
     """`auto` continues the run of `--experiment_name`, `never` refuses to, a path continues that run or checkpoint."""
+    fresh: bool = False
+    """Begin anew where `--experiment_name` exists, in a folder of its own (NAME-2)."""
     seed: int = 0
     """Seed of weights, order, augmentation and dropout."""
     deterministic: bool = False
@@ -140,6 +143,8 @@ class RunOptions:
     """Optimizer steps between two lines of metrics.jsonl."""
     save_every_steps: int | None = None
     """Save a checkpoint every so many optimizer steps, besides the one after each epoch."""
+    save_every_minutes: float | None = None
+    """Save a checkpoint whenever so many minutes have passed since the last one."""
     keep_last: int = 2
     """Newest checkpoints kept."""
     keep_best: int = 1
@@ -154,6 +159,10 @@ class RunOptions:
     """Stop after `--patience` evaluations without improvement."""
     patience: int = 10
     """Evaluations without improvement before early stopping."""
+    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """A loss or gradient that is not finite: stop (exit code 3), skip the update, or go back to the last checkpoint."""
+    max_nonfinite: int = 10
+    """How many such steps are skipped or gone back from before the run stops."""
     stop_after_steps: int | None = None
     """End this session after so many optimizer steps, saved; the same command continues (exit code 75)."""
     trace_samples: bool = False
@@ -168,6 +177,8 @@ class RunOptions:
     """Push the best model to the Hugging Face hub at the end."""
     hub_model_id: str | None = None
     """Repository to push to, `user/name`."""
+    check: bool = False
+    """Try out all that this run needs (a step, a checkpoint, space, data, logins), then stop; no run is begun."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -177,19 +188,25 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
     """One run. Raises ConfigError where its fields contradict each other."""
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check_texts(name, value)
         at_least = {
             1: ("epochs", "max_steps", "batch_size", "micro_batch_size", "decay_epochs", "cpu_threads", "log_every",
                 "save_every_steps", "keep_last", "patience", "stop_after_steps", "image_size", "shuffle_buffer",
                 "num_classes"),
             0: ("warmup_steps", "keep_best", "num_workers", "min_delta", "mixup", "cutmix", "weight_decay", "seed",
                 "split_seed", "mix_off_epoch", "lr", "label_smoothing", "ema_decay", "random_erasing", "dropout",
-                "momentum", "decay_factor", "max_bad_fraction"),
+                "momentum", "decay_factor", "max_bad_fraction", "max_nonfinite"),
         }  # fmt: skip
         for minimum, names in at_least.items():
             for name in names:
                 value = getattr(self, name)
+                if isinstance(value, int) and value >= 2**63:
+                    raise ConfigError(f"--{name} is too large: it must be a number below 2**63")
                 if value is not None and not minimum <= value < float("inf"):
                     raise ConfigError(f"--{name} is {value}: it must be a number from {minimum} on")
+        if self.save_every_minutes is not None and not 0 < self.save_every_minutes < float("inf"):
+            raise ConfigError(f"--save_every_minutes is {self.save_every_minutes}: it must be above 0")
         for name in ("label_smoothing", "ema_decay", "dropout", "momentum"):
             if (getattr(self, name) or 0) >= 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must be less than 1")
@@ -221,7 +238,7 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
             or not 0 < sum(self.mix_weights) < float("inf")
         ):
             raise ConfigError(
-                f"--mix_weights is {' '.join(map(str, self.mix_weights))}, for {datasets} datasets",
+                f"--mix_weights is {shown(' '.join(map(str, self.mix_weights)))}, for {datasets} datasets",
                 fix="give one for --dataset and one for each of --mix_datasets, from 0 on, not all 0",
             )
         if self.mix_datasets and self.group_column:
@@ -248,19 +265,13 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
             raise ConfigError("--push_to_hub needs --hub_model_id", fix="name the repository: --hub_model_id user/name")
         if self.resume != "auto" and self.experiment_name and self.resume != "never":
             raise ConfigError(
-                f"--resume {self.resume} names a run, and so does --experiment_name {self.experiment_name}",
+                f"--resume {shown(self.resume)} names a run, and so does --experiment_name {self.experiment_name}",
                 fix="leave one of them out",
-            )
-        if self.experiment_name is not None and not re.fullmatch(
-            r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", self.experiment_name
-        ):
-            raise ConfigError(
-                f"--experiment_name {self.experiment_name!r} is no safe folder name",
-                fix="use at most 100 letters, digits, '.', '_' and '-', the first a letter, a digit or '_'",
             )
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """'; the nearest is ...' for an error about an unknown name, or ''."""
-    found = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(found)}?" if found else f"one of: {', '.join(sorted(names)[:12])}"
+    """'did you mean ...?' for an error about an unknown name; else some of the names."""
+    if found := difflib.get_close_matches(name, names, n=3, cutoff=0.5):
+        return f"did you mean {' or '.join(found)}?"
+    return f"one of: {', '.join(sorted(names)[:12])}" + (", ..." if len(names) > 12 else "")

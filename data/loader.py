@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -66,6 +68,7 @@ class OrderedLoader:
             batch_sampler=self.draws,  # type: ignore[arg-type]  # of Draws, which the dataset's __getitems__ takes
             collate_fn=as_it_is,
             num_workers=num_workers,
+            worker_init_fn=outlive_a_signal,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # the loader's own seed is not used: keep it from the global generator
@@ -138,6 +141,20 @@ class OrderedLoader:
 
     def note(self, place: int, reason: str) -> None:
         self.bad.append(BadSample(place, self.stream.name(place), reason))
+
+
+def outlive_a_signal(worker: int) -> None:
+    """In a loader process: a signal to the whole group is left to the process that trains, which needs its loaders to
+    come to a good end. SIGTERM is obeyed when it comes from there."""
+    if hasattr(signal, "sigwaitinfo"):  # not on a Mac
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+        threading.Thread(target=obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def obey_parent(parent: int) -> None:
+    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def as_it_is(batch: Any) -> Any:

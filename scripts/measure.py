@@ -29,7 +29,7 @@ def measure(config: Config, weights: str, part: str) -> dict[str, float] | None:
     size = model.image_size or config.image_size or 224
     loader = eval_loader(config, split, size, accelerator.process_index, accelerator.num_processes)
     metrics = trainer.validate_epoch(loader)
-    bad = trainer.gather_lines([one._asdict() for one in loader.bad])
+    bad = trainer.processes.gather_lines([one._asdict() for one in loader.bad])
     if not accelerator.is_main_process:
         return None
     reasons = {one["source"]: one["reason"] for one in bad}

@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configs.errors import UserError
+from configs.names import check_text
 
 
 def push_folder(folder: Path, repository: str) -> str:
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> int:
 
     try:
         best = arguments.run / "best"
+        check_text("hub_model_id", arguments.hub_model_id)
         print(push_folder(best if best.is_dir() else arguments.run, arguments.hub_model_id))
         return 0
     except Exception as error:

@@ -8,27 +8,45 @@ import sys
 import traceback
 from pathlib import Path
 
-from configs.errors import UserError
+from configs.errors import ConfigError, UserError
+from configs.secrets import hide_secrets
 
 ROOT = Path(__file__).resolve().parent.parent
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def block(error: BaseException) -> tuple[str, int]:
     """The words for an error, and the exit code."""
+    fault = told(error)
+    return str(fault), fault.exit_code
+
+
+def told(error: BaseException) -> UserError:
+    """Any error as what, where and what to do."""
     if isinstance(error, UserError):
-        return str(error), error.exit_code
+        return error
     if type(error).__name__ == "ModelError":
-        return str(UserError(str(error))), 2
-    text = (str(error).strip() or type(error).__name__).splitlines()[0][:400]
+        return ConfigError(str(error))
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    in_worker = "in DataLoader worker" in lines[0]  # then its last line is the error
+    text = (lines[-1] if in_worker else lines[0])[:400]
+    if is_of_another_process(error):
+        return UserError("this process stops, since another one has ended", fix="see what that one says")
     if isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY):
         fix = "lower --micro_batch_size: the result stays that of the whole --batch_size; or lower --image_size"
-        return str(UserError(f"out of memory: {text}", where=place(error), fix=fix)), 1
+        return UserError(f"out of memory: {text}", where=place(error), fix=fix)
     if "No space left" in text or getattr(error, "errno", None) in (errno.EROFS, errno.EACCES, errno.EDQUOT):
         fix = "free some space, or choose another --output_dir; a saved run continues by the same command"
-        return str(UserError(f"cannot write: {text}", where=place(error), fix=fix)), 1
+        return UserError(f"cannot write: {text}", where=place(error), fix=fix)
     fix = "run again with --debug for the whole traceback"
-    return str(UserError(f"{type(error).__name__}: {text}", where=place(error), fix=fix)), 1
+    where = ", ".join([place(error), *getattr(error, "__notes__", [])])
+    return UserError(text if in_worker else f"{type(error).__name__}: {text}", where=where, fix=fix)
+
+
+def is_of_another_process(error: BaseException) -> bool:
+    """Whether this process only met the end of another."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER)
 
 
 def place(error: BaseException) -> str:
@@ -44,10 +62,15 @@ def place(error: BaseException) -> str:
 def fail(error: Exception, *, debug: bool) -> int:
     """Print the block, on one process only where all of them fail alike; the exit code."""
     if debug:
-        traceback.print_exception(error)
+        print(hide_secrets("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     text, code = block(error)
-    alike = (isinstance(error, UserError) and not error.of_one_process) or type(error).__name__ == "ModelError"
+    text = hide_secrets(text)  # the hub answers by signed addresses, which errors of the network repeat
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or not alike:
+    if rank == "0" or not met_by_all(error):
         print(text if rank == "0" else f"[process {rank}] {text}", file=sys.stderr, flush=True)
     return code
+
+
+def met_by_all(error: Exception) -> bool:
+    """Whether the other processes meet this error, too, so that one of them tells it."""
+    return (isinstance(error, UserError) and not error.of_one_process) or type(error).__name__ == "ModelError"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,25 +15,35 @@ from data.order import TrainOrder, even_parts
 from data.sequential import SequentialStream
 from data.stream import Stream
 from models.summary import summarize
+from scripts import preflight
 from scripts.wiring import build_trainer, device_name
+from trainer import signals
 from trainer.base_trainer import BaseTrainer
 
 EXIT_CODES = {"done": 0, "preempted": 75}
 
 
 def run(config: Config) -> int:
-    trainer, data, lines = build_trainer(config)
-    if trainer.is_main:
-        print_summary(trainer, data, lines)
+    if config.check:
+        return preflight.check(config)
+    with signals.at_once():  # nothing is to be saved yet
+        trainer, data, lines = build_trainer(config)
+        if trainer.is_main:
+            print_summary(trainer, data, lines)
     result = trainer.train()
     if trainer.is_main:
         print_result(trainer, result)
         if config.push_to_hub and result["state"] == "done":
             from scripts.push import push_folder
 
-            print(push_folder(trainer.run.best, str(config.hub_model_id)))
+            with signals.at_once():
+                print(push_folder(trainer.run.best, str(config.hub_model_id)))
     trainer.accelerator.end_training()
-    return EXIT_CODES[result["state"]]
+    code = EXIT_CODES[result["state"]]
+    if any(tracker.failed for tracker in trainer.trackers):
+        sys.stdout.flush()
+        os._exit(code)  # one that hangs would keep the process from ending
+    return code
 
 
 def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
@@ -116,7 +128,7 @@ def print_result(trainer: BaseTrainer, result: dict) -> None:
         )
     print(f"run       {path}")
     if result["state"] == "preempted":
-        print(f"stopped   after step {result['step']:,}, saved; continue with")
+        print(f"stopped   after step {result['step']:,} ({result['reason']}), saved; continue with")
         print(f"          accelerate launch scripts/train.py --resume {path}")
         return
     print("next      python scripts/test.py --weights " + str(path))

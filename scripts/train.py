@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs uninstalled as well
 
 from configs.arguments import parse  # imports no torch: help and faults answer at once
+from trainer import signals  # nor does this
 
 
 def main(argv: list[str]) -> int:
     config = parse(argv)
-    from scripts.report import fail
+    with signals.noted():  # before the long imports: a signal is answered from here on
+        from scripts.report import fail
 
-    try:
-        from scripts.session import run
+        try:
+            from scripts.session import run
 
-        return run(config)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
-    except Exception as error:
-        return fail(error, debug=config.debug)
+            return run(config)
+        except signals.Preempted as stop:
+            print(f"stopped by {stop.reason} before training; the same command continues", file=sys.stderr)
+            return 75
+        except Exception as error:
+            code = fail(error, debug=config.debug)
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                os._exit(code)  # at once: the others wait for this process, and its end is what they notice
+            return code
 
 
 if __name__ == "__main__":

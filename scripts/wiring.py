@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -21,6 +22,8 @@ from trainer.main_trainer import MainTrainer
 
 # A task of your own: one line here, one file in trainer/.
 TRAINERS: dict[str, type[BaseTrainer]] = {"classification": MainTrainer}
+
+Adapt = Callable[[type[BaseTrainer]], type[BaseTrainer]]
 
 
 def check_names(config: Config) -> None:
@@ -67,8 +70,8 @@ def build_model(config: Config, data: Data) -> BaseModel:
     return model
 
 
-def build_trainer(config: Config) -> tuple[BaseTrainer, Data, list[str]]:
-    """Everything a run needs, and lines to tell about it."""
+def build_trainer(config: Config, adapt: Adapt = lambda task: task) -> tuple[BaseTrainer, Data, list[str]]:
+    """Everything a run needs, and lines to tell about it. adapt: makes of a task's trainer the one that is used."""
     check_names(config)
     accelerator = make_accelerator(config)
     config = replace(config, mixed_precision=accelerator.mixed_precision)
@@ -76,7 +79,7 @@ def build_trainer(config: Config) -> tuple[BaseTrainer, Data, list[str]]:
         data, notes = build_data(config, shown=accelerator.is_main_process)
     model = build_model(config, data)
     process, processes = accelerator.process_index, accelerator.num_processes
-    trainer = TRAINERS[config.task](
+    trainer = adapt(TRAINERS[config.task])(
         config,
         model,
         train_loader(config, data, process, processes),

@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from trainer import checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
@@ -33,6 +35,20 @@ def lines_of(run: Path, *kinds: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, of these kinds or all but speed."""
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in found if (line["kind"] in kinds if kinds else line["kind"] != "speed")]
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Weights, averages, optimizer, state, metrics and sample ids of two finished runs, to the last bit."""
+    first, second = (checkpoint.all_checkpoints(run / "checkpoints")[-1] for run in (one, other))
+    assert first.name == second.name
+    for file in ("model.safetensors", "ema.safetensors", "optimizer.bin"):
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+    states = [checkpoint.read_state(folder) | {"wandb_id": ""} for folder in (first, second)]
+    assert states[0] == states[1]
+    assert lines_of(one) == lines_of(other)
+    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    for file in ("model.safetensors", "config.json"):
+        assert (one / "best" / file).read_bytes() == (other / "best" / file).read_bytes(), file
 
 
 @pytest.fixture

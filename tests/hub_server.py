@@ -24,6 +24,7 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, dict[str, bytes]] = {}
+        self.account = {"name": "tester", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self) -> HubServer:
@@ -75,6 +76,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.dataset_request(path.removeprefix("/api").removeprefix("/"), body)
         if self.command == "POST" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.refuse(401, "Unauthorized")
+        if path == "/api/whoami-v2":
+            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                return self.refuse(401, "Unauthorized")
+            return self.answer(200, self.server.account)
         if path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
         if path == "/api/repos/create":

@@ -12,6 +12,7 @@ import pytest
 
 from configs.flags_table import BEGIN, END, table
 from tests.conftest import ROOT, lines_of, run_script
+from trainer.run_folder import MAY_CHANGE
 
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.S)
@@ -88,3 +89,9 @@ def test_every_script_and_file_that_is_named_exists():
     for path in set(re.findall(r"(?:scripts|configs|tests|trainer|data|models)/[\w/]+\.(?:py|yaml)", README)):
         if not any(path in code for code, _ in CHANGES.values()):
             assert (ROOT / path).is_file(), path
+
+
+def test_the_table_of_resuming_names_all_that_may_change():
+    row = next(line for line in README.splitlines() if line.startswith("| accepted, one line each"))
+    named = set(re.findall(r"`(\w+)`", row))
+    assert named == MAY_CHANGE - {"experiment_name", "output_dir", "resume", "fresh"}

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from configs.errors import ConfigError, UserError
-from tests.conftest import ROOT, lines_of, run_script
+from tests.conftest import ROOT, lines_of, run_script, same_run
 from tests.tiny import TinyNet, tiny_batches, tiny_trainer, weights
-from trainer import checkpoint
+from trainer import checkpoint, starting
 
 # accumulation, dropout (of simple_cnn), augmentation, mixing, averaging, clipping: whatever has or draws state
 OPTIONS = (
@@ -32,16 +33,6 @@ FINAL = "step_00000028"
 
 def train(folder: Path, name: str, *flags: str, rc: int = 0) -> str:
     return run_script("train.py", "--output_dir", folder, "--experiment_name", name, *OPTIONS, *flags, rc=rc).stdout
-
-
-def same_run(one: Path, other: Path) -> None:
-    """Weights, averages, optimizer, metrics and sample ids, to the last bit."""
-    for file in ("model.safetensors", "ema.safetensors", "optimizer.bin"):
-        first, second = (run / "checkpoints" / FINAL / file for run in (one, other))
-        assert first.read_bytes() == second.read_bytes(), file
-    assert lines_of(one) == lines_of(other)
-    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
-    assert (one / "best" / "model.safetensors").read_bytes() == (other / "best" / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +162,17 @@ def test_stray_files_and_left_overs_of_a_killed_save_are_no_checkpoints(tmp_path
     (checkpoints / "notes").mkdir()
     (checkpoints / "step_abc").mkdir()
     (checkpoints / "step_00000009").write_text("a file")
-    (checkpoints / ".step_00000004").mkdir()
-    (checkpoints / ".step_00000004" / "model.safetensors").write_text("half")
+    for left in (".step_00000003", ".step_00000004", ".removed_step_00000001"):  # by a run that saved other steps
+        (checkpoints / left).mkdir()
+        (checkpoints / left / "model.safetensors").write_text("half")
+    (checkpoints / ".DS_Store").write_text("not ours")
+    (checkpoints / ".step_notes").mkdir()
+    (checkpoints / "step_00000001").symlink_to("nowhere")
     assert started(tmp_path).train()["state"] == "done"
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        ".DS_Store", ".step_notes", "notes", "step_00000001", "step_00000002", "step_00000004", "step_00000009",
+        "step_abc",
+    ]  # fmt: skip
     assert (checkpoints / "notes").is_dir()
     assert (checkpoints / "step_00000009").read_text() == "a file"
     assert checkpoint.fault(checkpoints / "step_00000004") is None
@@ -197,7 +196,7 @@ def test_unnamed_runs_of_one_second_get_folders_of_their_own(tmp_path):
     paths = set()
     for _ in range(3):
         trainer = started(tmp_path, experiment_name=None)
-        trainer.open_run()
+        starting.open_run(trainer)
         paths.add(trainer.run.path)
     assert len(paths) == 3
 
@@ -243,13 +242,14 @@ def test_a_long_output_dir_with_spaces_can_be_continued(tmp_path):
 def test_a_checkpoint_appears_only_when_it_is_whole(tmp_path, monkeypatch):
     hidden, rename, faults = checkpoint.begin(tmp_path, 7), os.rename, []
     (hidden / "model.safetensors").write_bytes(b"weights")
+    (hidden / "state.json").write_text('{"step": 7}')
 
     def noted(source, target):
         faults.append(checkpoint.fault(Path(source)))
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", noted)
-    assert checkpoint.fault(checkpoint.commit(hidden, {"step": 7})) is None
+    assert checkpoint.fault(checkpoint.commit(hidden)) is None
     assert faults == [None]
 
 
@@ -280,7 +280,7 @@ def test_a_full_disk_is_one_block_and_loses_nothing_that_was_saved(tmp_path, mon
     whole.train()
     trainer = started(tmp_path)
     commit = checkpoint.commit
-    monkeypatch.setattr(checkpoint, "commit", lambda *a: full() if trainer.state.step == 4 else commit(*a))
+    monkeypatch.setattr(checkpoint, "commit", lambda hidden: full() if trainer.state.step == 4 else commit(hidden))
     with pytest.raises(UserError, match="the checkpoint of step 4 could not be written: .*No space left") as error:
         trainer.train()
     assert "earlier checkpoints stand" in str(error.value)
@@ -290,3 +290,145 @@ def test_a_full_disk_is_one_block_and_loses_nothing_that_was_saved(tmp_path, mon
     again = started(tmp_path)
     again.train()
     assert torch.equal(weights(again), weights(whole))
+
+
+def test_a_fresh_run_begins_in_a_folder_of_its_own(tmp_path):
+    started(tmp_path).train()
+    for name in ("x-2", "x-3"):
+        fresh = started(tmp_path, fresh=True)
+        fresh.train()
+        assert (fresh.run.path.name, fresh.session_steps) == (name, 4)
+    assert started(tmp_path).state.step == 4
+
+
+def test_saves_come_by_the_clock_as_well(tmp_path):
+    batches = tiny_batches([8] * 5)
+    options = {"batch_size": 8, "keep_last": 9}
+    often = tiny_trainer(tmp_path, batches, experiment_name="often", save_every_minutes=1e-9, **options)
+    often.train()
+    assert [checkpoint.step_of(f) for f in checkpoint.all_checkpoints(often.run.checkpoints)] == [1, 2, 3, 4, 5]
+    seldom = tiny_trainer(tmp_path, batches, experiment_name="seldom", save_every_minutes=10.0, **options)
+    seldom.train()
+    assert [checkpoint.step_of(f) for f in checkpoint.all_checkpoints(seldom.run.checkpoints)] == [5]
+
+
+def test_the_wait_for_saves_is_logged(tmp_path):
+    trainer = started(tmp_path)
+    trainer.train()
+    stalls = [line["save_stall_seconds"] for line in lines_of(trainer.run.path, "speed")]
+    assert stalls[0] == 0  # the first save comes after the epoch's line
+    assert 0 < stalls[1] < 10
+
+
+def test_another_number_of_samples_is_another_run(tmp_path):
+    flags = ["--output_dir", tmp_path, "--experiment_name", "x", "--batch_size", "4", "--epochs", "2"]
+    folder = tmp_path / "images"
+    for name, value in (("dark", 0), ("light", 255)):
+        (folder / name).mkdir(parents=True)
+        for number in range(10):
+            Image.new("L", (8, 8), value).save(folder / name / f"{number}.png")
+    flags += ["--train_data_dir", folder, "--split", "0.8", "0.2", "0"]
+    run_script("train.py", *flags, "--stop_after_steps", "2", rc=75)
+    for number in range(10):
+        Image.new("L", (8, 8), 255).save(folder / "light" / f"more_{number}.png")
+    said = run_script("train.py", *flags, rc=2).stderr
+    assert "the run was begun with 16 training samples, now there are 24" in said
+
+
+def test_a_checkpoint_without_a_piece_that_the_run_needs_is_refused_by_name(tmp_path):
+    """Its manifest does not list the piece, so that it holds."""
+    started(tmp_path, ema_decay=0.9, stop_after_steps=2).train()
+    folder = tmp_path / "x" / "checkpoints" / "step_00000002"
+    for name in ("ema.safetensors", "optimizer.bin", "model.safetensors"):
+        (folder / name).unlink()
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest[name]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert checkpoint.fault(folder) is None
+        with pytest.raises(UserError, match=f"the checkpoint has no {name}"):
+            started(tmp_path, ema_decay=0.9).train()
+
+
+def test_a_checkpoint_of_another_step_or_with_another_file_is_damaged(tmp_path):
+    started(tmp_path).train()
+    folder = tmp_path / "x" / "checkpoints"
+    (folder / "step_00000004").rename(folder / "step_00000009")
+    assert checkpoint.fault(folder / "step_00000009") == "state.json is of step 4"
+    (folder / "step_00000002" / "custom_checkpoint_0.pkl").write_bytes(b"no")
+    assert checkpoint.fault(folder / "step_00000002") == "custom_checkpoint_0.pkl is not in the manifest"
+
+
+def test_lines_of_an_evaluation_that_is_done_again_are_forgotten(tmp_path):
+    """Stopped in the evaluation of step 2; killed, the next time, between the evaluation and its save."""
+    started(tmp_path, experiment_name="whole").train()
+    batches = tiny_batches([8] * 2)
+
+    def stopped():
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from batches
+
+    trainer = started(tmp_path)
+    trainer.val_loader = stopped()
+    assert trainer.train() == {"state": "preempted", "step": 2, "epoch": 0, "best": None, "reason": "SIGTERM"}
+    with (tmp_path / "x" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "epoch", "step": 2, "loss": 1.0}\n{"kind": "val", "step": 2, "loss": 1.0}\n')
+    trainer = started(tmp_path, epochs=2)
+    trainer.train()
+    assert lines_of(tmp_path / "x") == lines_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("end", [{"epochs": 2}, {"max_steps": 3}])
+def test_a_run_stopped_in_its_last_evaluation_does_it_when_it_comes_back(tmp_path, end):
+    started(tmp_path, experiment_name="whole", ema_decay=0.9, trace_samples=False, **end).train()
+    trainer = started(tmp_path, ema_decay=0.9, **end)
+
+    class StoppedAtTheEnd(list):
+        def __iter__(self):
+            if trainer.state.step == trainer.total_steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__iter__()
+
+    trainer.val_loader = StoppedAtTheEnd(trainer.val_loader)
+    assert trainer.train()["state"] == "preempted"
+    again = started(tmp_path, ema_decay=0.9, **end)
+    assert again.train()["state"] == "done"
+    assert again.session_steps == 0
+    assert lines_of(tmp_path / "x") == lines_of(tmp_path / "whole")
+
+
+def test_a_run_killed_after_its_last_save_says_that_it_is_done_and_keeps_no_more_than_it_should(tmp_path):
+    started(tmp_path, keep_last=9, monitor="loss").train()
+    status = (tmp_path / "x" / "status.json").read_text()
+    (tmp_path / "x" / "status.json").write_text('{"state": "running"}')
+    started(tmp_path, keep_last=1, monitor="loss").train()
+    assert (tmp_path / "x" / "status.json").read_text() == status
+    assert [path.name for path in (tmp_path / "x" / "checkpoints").iterdir()] == ["step_00000004"]
+
+
+def test_a_start_that_comes_second_by_a_moment_is_refused_and_touches_nothing(tmp_path):
+    first, second = started(tmp_path), started(tmp_path)  # neither has found a folder
+    first.train()
+    before = {path: path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="another start has taken the name"):
+        second.train()
+    assert before == {path: path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    assert started(tmp_path).state.step == 4
+
+
+def test_a_stop_that_cannot_be_saved_is_told_as_a_failure(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    batches = tiny_batches([8] * 2)
+
+    def stopped():
+        for batch in batches:
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    trainer = started(tmp_path, max_steps=2)
+    trainer.train_loader = stopped()
+    monkeypatch.setattr(checkpoint, "begin", full)
+    with pytest.raises(UserError, match="step 1 could not be written"):
+        trainer.train()
+    assert json.loads((tmp_path / "x" / "status.json").read_text())["state"] == "failed"

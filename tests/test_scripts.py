@@ -24,6 +24,7 @@ from tests.conftest import ROOT, SHARED_DATA, lines_of, run_script
 from tests.hub_server import TOKEN, HubServer
 
 TINY = "--max_steps 3 --batch_size 8 --log_every 1 --cpu_threads 1".split()
+RUN_TRAIN = "import sys; from scripts.train import main; sys.exit(main(sys.argv[1:]))"
 
 
 def launch(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -295,3 +296,35 @@ def test_predictions_of_before_stay_where_there_are_no_weights(tmp_path):
     (tmp_path / "p.jsonl").write_text("before")
     run_script("predict.py", "--weights", "nowhere/x", tmp_path, "--output", tmp_path / "p.jsonl", rc=2)
     assert (tmp_path / "p.jsonl").read_text() == "before"
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+def test_a_tracker_that_hangs_neither_stops_nor_holds_a_run(tmp_path, where):
+    (tmp_path / "wandb.py").write_text(
+        "import time\n"
+        "def hang(name):\n"
+        f"    if name == {where!r}: time.sleep(300)\n"
+        "class Run:\n"
+        "    def log(self, values): hang('log')\n"
+        "    def log_artifact(self, artifact): pass\n"
+        "    def finish(self): hang('finish')\n"
+        "class Artifact:\n"
+        "    def __init__(self, *_, **__): pass\n"
+        "    def add_dir(self, folder): pass\n"
+        "def init(**_): hang('init'); return Run()\n"
+        "def Settings(**_): pass\n"
+    )
+    flags = [*TINY, "--output_dir", tmp_path, "--experiment_name", "t", "--use_wandb", "--stop_after_steps", "2"]
+    start = time.perf_counter()
+    command = [sys.executable, "-c", f"from trainer import trackers; trackers.FINISH_SECONDS = 2; {RUN_TRAIN}", *flags]
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 75, done.stderr
+    assert "warning: W&B stopped (it did not finish in 2 s)" in done.stdout
+    assert time.perf_counter() - start < 60
+    assert json.loads((tmp_path / "t" / "status.json").read_text())["state"] == "preempted"

@@ -186,6 +186,18 @@ def test_a_loss_of_nan_stops_the_run_and_saves_nothing_of_it(tmp_path):
     assert [folder.name for folder in (tmp_path / "x" / "checkpoints").glob("step_*")] == ["step_00000002"]
 
 
+def test_a_micro_batch_that_is_not_finite_is_told_with_its_own_step(tmp_path):
+    batches = tiny_batches([4] * 6)
+    batches[2][0][0, 0, 0, 0] = float("nan")  # the first of the two of step 2
+    trainer = tiny_trainer(tmp_path, batches, batch_size=8, experiment_name="x", monitor="loss")
+    with pytest.raises(Diverged, match="loss is nan at step 2"):
+        trainer.train()
+    capsule = json.loads((tmp_path / "x" / "nonfinite" / "step_00000002.json").read_text())
+    first, second = capsule["losses"]["loss"]
+    assert first == "nan"
+    assert float(second) > 0
+
+
 def test_a_metric_that_does_not_exist_is_refused_before_the_first_step(tmp_path):
     batches = tiny_batches([8])
     trainer = tiny_trainer(tmp_path, batches, batches, batch_size=8, monitor="acuracy")

@@ -7,34 +7,34 @@ optimizer step, the seeds and the run folder are ours.
 from __future__ import annotations
 
 import itertools
-import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from configs.errors import ConfigError, DataError, Diverged
+from configs.errors import ConfigError, DataError, Diverged, UserError
 from configs.options import Config
 from data.order import Use, mix, seed_device
-from trainer import checkpoint, run_folder, saving
+from trainer import checkpoint, reporting, run_folder, saving, signals, starting
 from trainer.bad_samples import BadSamples, ReportingLoader
-from trainer.device import default_threads, make_accelerator, moved_ahead
+from trainer.device import make_accelerator, moved_ahead
 from trainer.ema import WeightAverage
 from trainer.losses import Criterion, Losses, Weights, loss_names, total
-from trainer.metrics import CURE, Meter, means
+from trainer.metrics import CURE, Meter
 from trainer.monitor import check_monitor, higher_is_better
+from trainer.nonfinite import NonFinite
 from trainer.optim import build_optimizers, clip_gradients, lr_factor
+from trainer.processes import Processes
 from trainer.progress import Clock, EpochBar, Table
 from trainer.state import TrainState
-from trainer.trackers import Tracker, open_trackers
-from trainer.windows import Batch, PositionedLoader, Window, as_dict, count_steps, grouped, samples_in
+from trainer.trackers import FINISH_SECONDS, STOPPED_SECONDS, Tracker
+from trainer.windows import NO_WINDOW, Batch, PositionedLoader, Window, as_dict, count_steps, grouped, samples_in
 
 
 class BaseTrainer(ABC):
@@ -57,22 +57,22 @@ class BaseTrainer(ABC):
         self.config, self.train_loader, self.val_loader = config, train_loader, val_loader
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
-        processes = self.accelerator.num_processes
-        if config.batch_size % processes:
+        self.processes = Processes(self.accelerator)
+        self.reduce = self.processes.reduce
+        if config.batch_size % self.processes.number:
             raise ConfigError(
-                f"--batch_size {config.batch_size} cannot be shared by {processes} processes",
+                f"--batch_size {config.batch_size} cannot be shared by {self.processes.number} processes",
                 fix="it is the batch of all processes together: choose a multiple of their number",
             )
-        self.batch_share = config.batch_size // processes
+        self.batch_share = config.batch_size // self.processes.number
 
-        folder, self.resume_from, self.messages = run_folder.find(config)
-        folder = Path(self.same_everywhere(str(folder)))
-        self.run = run_folder.RunFolder(folder, writes=self.is_main)
-        self.state = TrainState(wandb_id=uuid4().hex[:12])
+        from_main = self.processes.from_main
+        self.run = run_folder.RunFolder(from_main(lambda: run_folder.find(config)), writes=self.is_main)
+        self.resume_from, self.messages = from_main(lambda: starting.find_checkpoint(self))
+        self.state = TrainState(wandb_id=from_main(lambda: uuid4().hex[:12]))
         if self.resume_from:
-            self.messages += run_folder.check_same_run(config, folder)
             self.state = TrainState.from_json(checkpoint.read_state(self.resume_from))
-        self.set_threads()
+        starting.set_threads(self)
 
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
@@ -87,18 +87,19 @@ class BaseTrainer(ABC):
 
         self.loss_weights: Weights = None  # get_criterion may set them
         self.criterion: Criterion = self.get_criterion()
-        reduce = (lambda tensor: self.accelerator.reduce(tensor, "sum")) if processes > 1 else None
-        self.reduce = reduce
-        self.bad_samples = BadSamples(self.run, config.max_bad_fraction, self.gather_lines)
-        self.meter = Meter(self.hits, reduce)
+        self.bad_samples = BadSamples(self.run, config.max_bad_fraction, self.processes.gather_lines)
+        self.meter = Meter(self.hits, self.reduce, finite_only=config.nonfinite != "stop")
+        self.nonfinite = NonFinite(self)
+        self.saver = saving.Saver(self)
+        self.window = NO_WINDOW
+        self.lr = 0.0
         self.grad_norm: Tensor | None = None
-        self.window = Window([], [], 0)
         self.clock = Clock()
         self.session_steps = 0
         self.steps_per_epoch = count_steps(train_loader, self.batch_share, config.max_steps)
         self.total_steps = config.max_steps or self.steps_per_epoch * config.epochs
         self.exhausted = False  # the loader has given all of its epoch
-        self.check_config()
+        starting.check_lengths(self)
         self.trackers: list[Tracker] = []
         self.table = Table(config.monitor, shown=self.is_main)
 
@@ -154,36 +155,54 @@ class BaseTrainer(ABC):
         )
         if self.is_main:
             print(*self.messages, sep="\n", end="\n" if self.messages else "")
-        saving.load_checkpoint(self)
+        with signals.noted():
+            return self.train_until_stopped()
+
+    def train_until_stopped(self) -> dict[str, Any]:
+        starting.load_checkpoint(self)
         if self.finished:
-            return {"state": "done", **self.standing()}
-        self.open_run()
+            return self.already_done()
+        starting.open_run(self)
         try:
+            return self.leave(*self.train_epochs())
+        except BaseException as error:
+            if not isinstance(error, UserError):
+                error.add_note(self.where_it_is())
+            state = "diverged" if isinstance(error, Diverged) else "failed"
+            with suppress(UserError):  # a full disk must not hide what is being told
+                self.run.status(state, **self.standing(), reason=str(error)[:1000] or type(error).__name__)
+            raise
+        finally:
+            self.saver.close()
+            for tracker in self.trackers:
+                tracker.finish(self.run.best, seconds=STOPPED_SECONDS if signals.stop_reason() else FINISH_SECONDS)
+            self.run.close()
+
+    def train_epochs(self) -> tuple[str, str]:
+        """Train and evaluate until the end or a stop; which of them it was, and why."""
+        assert self.train_loader is not None
+        try:
+            if self.config.nonfinite == "rollback" and not self.state.step:
+                self.save_checkpoint()  # to go back to
             while not self.finished:
                 results = {"train": self.train_epoch(self.train_loader)}
                 if self.stop_is_due() and not self.epoch_is_complete():
-                    return self.leave("preempted", "stop_after_steps")
+                    return "preempted", "stop_after_steps"
                 if self.val_loader is not None:
                     results["val"] = self.validate_epoch(self.val_loader)
                     self.bad_samples.collect("val", self.val_loader, self.state.step)
                 self.finish_epoch(results)
                 if self.stop_is_due() and not self.finished:
-                    return self.leave("preempted", "stop_after_steps", saved=True)
-            return self.leave("done", "", saved=True)
-        except BaseException as error:
-            state = "diverged" if isinstance(error, Diverged) else "failed"
-            with suppress(OSError):  # a full disk must not hide what is being told
-                self.run.status(state, **self.standing(), reason=str(error)[:1000] or type(error).__name__)
-            raise
-        finally:
-            for tracker in self.trackers:
-                tracker.finish(self.run.best)
-            self.run.close()
+                    return "preempted", "stop_after_steps"
+        except signals.Preempted as stop:
+            return "preempted", stop.reason
+        return "done", ""
 
     @property
     def finished(self) -> bool:
         out_of_patience = self.config.early_stopping and self.state.monitor.bad_evaluations >= self.config.patience
-        return self.state.step >= self.total_steps or out_of_patience
+        state = self.state
+        return (state.step >= self.total_steps and state.evaluated_step == state.step) or out_of_patience
 
     def epoch_is_complete(self) -> bool:
         return self.exhausted or self.state.step_in_epoch >= self.steps_per_epoch or self.state.step >= self.total_steps
@@ -209,11 +228,12 @@ class BaseTrainer(ABC):
         self.log_metrics(results)
         self.table.line(state.epoch, results, self.clock.speed(), best=is_best)
         if is_best:
-            saving.save_best(self, judged)
+            self.processes.from_main(lambda: saving.save_best(self, judged))
         ranked = sorted([*state.best_steps, (value, state.step)], key=lambda e: (-e[0] if higher else e[0], e[1]))
         state.best_steps = ranked[: config.keep_best]
         if self.exhausted or state.step_in_epoch >= self.steps_per_epoch:
             state.epoch, state.step_in_epoch, state.epoch_sums = state.epoch + 1, 0, {}
+        state.evaluated_step = state.step
         self.save_checkpoint()
 
     def log_metrics(self, results: dict[str, dict[str, float]]) -> None:
@@ -222,15 +242,31 @@ class BaseTrainer(ABC):
         self.run.log("epoch", {**place, **results["train"]})
         if "val" in results:
             self.run.log("val", {**place, **results["val"]})
-        self.log_speed()
+        reporting.log_speed(self)
         flat = {f"{part}/{name}": value for part, values in results.items() for name, value in values.items()}
-        self.track({name.replace("train/", "epoch/", 1): value for name, value in flat.items()})
+        reporting.track(self, {name.replace("train/", "epoch/", 1): value for name, value in flat.items()})
 
-    def leave(self, state: str, reason: str, *, saved: bool = False) -> dict[str, Any]:
-        if not saved:
-            self.save_checkpoint()
-        result = {"state": state, **self.standing()}
-        self.run.status(**result, reason=reason)
+    def leave(self, state: str, reason: str) -> dict[str, Any]:
+        self.processes.hear()  # nothing may be on its way when processes part
+        self.save_checkpoint(regular=False)
+        self.saver.finish()
+        result = {"state": state, **self.standing(), "reason": reason}
+        self.run.status(**result)
+        self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
+        return result
+
+    def where_it_is(self) -> str:
+        """The step, and the samples of this process that are computed on, for the words of an error."""
+        ids = [id for batch in self.window.batches for id in batch.get("ids", torch.empty(0)).tolist()]
+        samples = f", samples {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}" if ids else ""
+        return f"after step {self.state.step} of the run{samples}"
+
+    def already_done(self) -> dict[str, Any]:
+        """A finished run's result. One killed after its last save has not yet said so, nor removed old checkpoints."""
+        result = {"state": "done", **self.standing(), "reason": ""}
+        if self.run.locked and self.run.read_status() != result:
+            self.saver.prune(self.state.to_json())
+            self.run.status(**result)
         return result
 
     def standing(self) -> dict[str, Any]:
@@ -253,6 +289,8 @@ class BaseTrainer(ABC):
     def windows(self, train_loader: Iterable[Any]) -> Iterator[Window]:
         """Group micro-batches into optimizer steps of batch_size / processes samples; the last may have fewer."""
         done, self.exhausted = self.state.step_in_epoch, False
+        if self.state.step >= self.total_steps:  # stopped in the last evaluation, which is still to be done
+            return
         if isinstance(train_loader, PositionedLoader):
             train_loader.set_position(self.state.epoch, done)
             done = 0
@@ -261,10 +299,11 @@ class BaseTrainer(ABC):
         reports = isinstance(train_loader, ReportingLoader)  # asked once: 5 us
         for batches in groups:
             counts = [self.count(batch) for batch in batches]
-            self.clock.samples += sum(map(samples_in, batches)) * self.accelerator.num_processes
+            self.clock.samples += sum(map(samples_in, batches)) * self.processes.number
             if reports:
                 self.bad_samples.collect("train", train_loader, self.state.step + 1)
             yield Window(batches, counts, self.window_total(counts, train_loader))
+            self.window = NO_WINDOW
         self.exhausted = True
         if not self.state.step_in_epoch:
             raise DataError(
@@ -284,6 +323,7 @@ class BaseTrainer(ABC):
     def micro_batches(self, window: Window) -> Iterator[Batch]:
         """Each micro-batch on the device, with the generators seeded by its place, ready for `optimize`."""
         self.window = window
+        self.nonfinite.begin_step()
         offset = self.accelerator.process_index * self.batch_share
         for number, batch in enumerate(window.batches):
             window.number = number
@@ -312,21 +352,22 @@ class BaseTrainer(ABC):
         """Backward; after the last micro-batch of the window also clip, step, average and count."""
         loss, window, config, state = total(losses), self.window, self.config, self.state
         if len(window.batches) > 1 or self.reduce is not None:  # a mean over part of the window weighs by its part
-            loss = loss * (window.counts[window.number] * self.accelerator.num_processes / window.total)
+            loss = loss * (window.counts[window.number] * self.processes.number / window.total)
+        loss = self.nonfinite.looked_at(loss)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if not window.is_last:
             return
-        if config.grad_clip is not None:
-            if self.scaler is not None:
-                for optimizer in self.optimizers:
-                    self.scaler.unscale_(optimizer)
-            self.grad_norm = clip_gradients(self.parameters, config.grad_clip)
+        if self.scaler is not None:
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+        self.grad_norm = clip_gradients(self.parameters, config.grad_clip)
         self.lr = config.lr * self.lr_factor()
-        # the optimizers themselves: Accelerate's wrappers look for an optional package at every step, 139 us
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr
-            optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
+        if self.nonfinite.allows_update(loss.detach() if self.scaler is not None else self.grad_norm):
+            # the optimizers themselves: Accelerate's wrappers look for an optional package at every step, 139 us
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.lr
+                optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
         if self.scaler is not None:
             self.scaler.update()
         for parameter in self.parameters:
@@ -347,58 +388,45 @@ class BaseTrainer(ABC):
     def after_step(self, bar: EpochBar) -> bool:
         """A step's log line and checkpoint where they are due; True where training stops here."""
         state, config = self.state, self.config
-        bar.step()
-        if config.trace_samples:
-            self.trace_samples()
-        if state.step % config.log_every == 0 or state.step == 1:
-            self.log_step(bar)
         stops = self.stop_is_due() or state.step >= self.total_steps
         at_end = state.step_in_epoch >= self.steps_per_epoch or stops  # then the save waits for the evaluation
-        if config.save_every_steps and state.step % config.save_every_steps == 0 and not at_end:
-            self.save_checkpoint()
+        logs = state.step % config.log_every == 0 or state.step == 1
+        saves = config.save_every_steps is not None and state.step % config.save_every_steps == 0
+        bar.step()
+        if config.trace_samples:
+            reporting.trace_samples(self)
+        if self.nonfinite.looks_at_once or logs or saves or at_end:
+            self.nonfinite.settle()
+        if logs:
+            reporting.log_step(self, bar)
+        if (self.poll() or saves) and not at_end:
+            self.save_checkpoint(regular=saves)
         return stops
 
-    def log_step(self, bar: EpochBar) -> None:
-        """The means since the last log line. Here, and nowhere else in the loop, the device is waited for."""
-        self.meter.read(self.state.window_sums, self.state.epoch_sums)
-        values = {**means(self.state.window_sums), "lr": self.lr}
-        if self.grad_norm is not None:
-            values["grad_norm"] = float(self.grad_norm)
-            if self.scaler is None and not math.isfinite(values["grad_norm"]):
-                raise Diverged(f"the gradient's norm is {values['grad_norm']} at step {self.state.step}", fix=CURE)
-        self.state.window_sums = {}
-        self.share_bad_samples()
-        self.run.log("train", {"step": self.state.step, "epoch": self.state.epoch, **values})
-        self.track({f"train/{name}": value for name, value in values.items()})
-        bar.show(values)
+    def poll(self) -> bool:
+        """Hear what other processes want; True where --save_every_minutes asks for a save.
 
-    def share_bad_samples(self) -> None:
-        self.bad_samples.share(self.state.step * self.config.batch_size)
+        Raises Preempted on all processes at the same step, and UserError where a checkpoint could not be written.
+        """
+        minutes, reason = self.config.save_every_minutes, signals.stop_reason()
+        due = minutes is not None and self.is_main and time.monotonic() - self.saver.last_save >= 60 * minutes
+        stop = signals.REASONS.index(reason) + 1 if reason else 0
+        stop, save, failed = self.processes.exchange(stop, int(due), int(self.saver.failed))
+        if failed:
+            self.saver.finish()
+        if stop:
+            raise signals.Preempted(signals.REASONS[stop - 1])
+        return bool(save)
 
-    def gather_lines(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those of all processes, on each; as a rule there are none, and one number is all that is exchanged."""
-        if self.reduce is None or not self.reduce(torch.tensor(len(lines), device=self.device)):
-            return lines
-        return gather_object(lines)
-
-    def log_speed(self) -> None:
-        values = self.clock.speed()
-        if self.device.type == "cuda":
-            values["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
-        self.run.log("speed", {"step": self.state.step, "epoch": self.state.epoch, **values})
-        self.track({f"speed/{name}": value for name, value in values.items()})
-
-    def track(self, values: dict[str, float]) -> None:
-        for tracker in self.trackers:
-            tracker.log(values, self.state.step)
-
-    def trace_samples(self) -> None:
-        """The ids of the whole global batch, as they were computed."""
-        if "ids" not in self.window.batches[0]:
-            raise ConfigError("--trace_samples needs batches that are dicts with `ids`", fix="leave it out")
-        ids = torch.cat([batch["ids"].to(self.device) for batch in self.window.batches])
-        everywhere = ids if self.reduce is None else self.accelerator.gather(ids)
-        self.run.log_samples(self.state.step, self.state.epoch, everywhere.tolist())
+    def polled(self, val_loader: Iterable[Any]) -> Iterable[Any]:
+        """An evaluation can be stopped, too: it is done anew when the run goes on. Loaders of this project alone
+        have as many batches on each process, so that all hear the same."""
+        if self.reduce is not None and not isinstance(val_loader, ReportingLoader):
+            yield from val_loader
+            return
+        for batch in val_loader:
+            self.poll()
+            yield batch
 
     # ---- saving and coming back ---------------------------------------------------------------------------
 
@@ -406,62 +434,20 @@ class BaseTrainer(ABC):
         """The model computes with its averaged weights inside this block, where there are such."""
         return self.ema.applied() if self.ema is not None else nullcontext()
 
-    def save_checkpoint(self) -> None:
+    def save_checkpoint(self, *, regular: bool = True) -> None:
+        """Save where the run stands. regular: because the config says so, not a clock or a signal."""
         self.meter.read(self.state.window_sums, self.state.epoch_sums)  # raises Diverged on a loss of NaN
-        if not all(bool(p.isfinite().all()) for p in self.parameters):
-            raise Diverged(f"a weight is not finite after step {self.state.step}", fix=CURE)
-        self.share_bad_samples()
-        saving.save_checkpoint(self)
-
-    def open_run(self) -> None:
-        config = self.config
-        self.run.set_back(self.state.step)
-        self.accelerator.wait_for_everyone()  # all read what the main process has left of it
-        self.bad_samples.remember()
-        if self.is_main:
-            for line in checkpoint.set_aside(self.run.checkpoints, self.state.step):
-                print(line)
-        self.run.open(
-            config,
-            run_folder.environment(
-                str(self.device),
-                processes=self.accelerator.num_processes,
-                mixed_precision=self.accelerator.mixed_precision,
-                cpu_threads=self.state.cpu_threads,
-            ),
-        )
+        if name := saving.name_of_non_finite(self.plain_model):
+            raise Diverged(f"{name} is not finite after step {self.state.step}", fix=CURE)
+        reporting.share_bad_samples(self)
+        if regular:
+            self.state.regular_step = self.state.step
+        self.saver.save()
         self.run.status("running", **self.standing())
-        if self.is_main:
-            self.trackers = open_trackers(config, self.run.path, self.state.wandb_id)
 
-    # ---- small things of the start ------------------------------------------------------------------------
-
-    def check_config(self) -> None:
-        """What only the loaders' lengths and the number of processes tell."""
-        config = self.config
-        if not config.max_steps and self.train_loader is not None and config.warmup_steps >= self.total_steps:
-            raise ConfigError(
-                f"--warmup_steps {config.warmup_steps} must be less than the run's {self.total_steps} steps"
-            )
-        if (config.mixup or config.cutmix) and self.batch_share % 2:
-            raise ConfigError(
-                f"--mixup and --cutmix pair samples, and each process has {self.batch_share} of --batch_size "
-                f"{config.batch_size}",
-                fix="choose a batch size that is twice a multiple of the processes",
-            )
-
-    def set_threads(self) -> None:
-        """Threads and algorithms decide the last bits: set them before anything is computed, keep them at a resume."""
-        here = max(1, self.accelerator.num_processes)
-        if self.config.cpu_threads or not self.resume_from:
-            self.state.cpu_threads = self.config.cpu_threads or default_threads(here)
-        torch.set_num_threads(self.state.cpu_threads)
-        if self.config.deterministic:
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
-
-    def same_everywhere(self, text: str) -> str:
-        """The main process's words on every process."""
-        if self.accelerator.num_processes == 1:
-            return text
-        return broadcast_object_list([text])[0]
+    def roll_back(self) -> int:
+        """Go back to the weights of the last regular checkpoint, and forward over the data since; their step."""
+        step = self.state.regular_step
+        saving.roll_back(self, step)
+        self.save_checkpoint()
+        return step

@@ -35,18 +35,17 @@ def all_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def begin(checkpoints: Path, step: int) -> Path:
-    """A hidden, empty folder on the same filesystem; what a killed save left there goes."""
+    """A hidden, empty folder on the same filesystem; what killed saves left goes."""
+    tidy(checkpoints)
     hidden = checkpoints / f".step_{step:08d}"
-    shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
+    hidden.mkdir()
     return hidden
 
 
-def commit(hidden: Path, state: dict[str, Any]) -> Path:
-    """Write state.json and the manifest, make all of it durable, and let it appear."""
+def commit(hidden: Path) -> Path:
+    """Write the manifest of what lies in the folder, make all of it durable, and let it appear."""
     for useless in hidden.glob("random_states_*.pkl"):
         useless.unlink()  # generators are seeded every step, from the config
-    (hidden / "state.json").write_text(json.dumps(state, indent=1))
     files = sorted(path for path in hidden.iterdir() if path.is_file())
     manifest = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in files}
     (hidden / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -55,17 +54,33 @@ def commit(hidden: Path, state: dict[str, Any]) -> Path:
         sync(path)
     sync(hidden)
     final = hidden.with_name(hidden.name[1:])
-    if final.exists():  # the same step, saved before by a run that was set back to an older one
-        shutil.rmtree(final)
+    replaced = hidden.with_name(f".replaced_{final.name}")
+    if final.exists():  # the same step, saved before its evaluation; `tidy` puts it back if we are killed here
+        os.rename(final, replaced)
     os.rename(hidden, final)
     sync(hidden.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
+
+
+def tidy(checkpoints: Path) -> None:
+    """Finish what a killed process had begun with its checkpoints; only the owner of the run may call it."""
+    for left in checkpoints.glob(".replaced_step_*"):
+        final = left.with_name(left.name.removeprefix(".replaced_"))
+        if step_of(final) is not None:
+            shutil.rmtree(left, ignore_errors=True) if final.exists() else os.rename(left, final)
+    for prefix in (".removed_", "."):  # half removed, half written
+        for left in checkpoints.glob(f"{prefix}step_*"):
+            if step_of(left.with_name(left.name.removeprefix(prefix))) is not None:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, by its manifest; None where all of it holds."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        if strange := sorted({path.name for path in folder.iterdir()} - {MANIFEST, *manifest}):
+            return f"{strange[0]} is not in the manifest"
         for name, entry in manifest.items():
             path = folder / name
             if not path.is_file():
@@ -76,7 +91,11 @@ def fault(folder: Path) -> str | None:
                 return f"{name} has changed since it was saved"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read: {error}"
-    return None
+    try:
+        step = read_state(folder)["step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"state.json cannot be read: {error}"
+    return None if step_of(folder) in (None, step) else f"state.json is of step {step}"
 
 
 def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
@@ -100,6 +119,7 @@ def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
+    """What `trainer.state.TrainState` says of itself."""
     return json.loads((folder / "state.json").read_text())
 
 
@@ -107,7 +127,9 @@ def prune(checkpoints: Path, *, keep_last: int, keep_steps: set[int]) -> None:
     """Remove checkpoints that are neither among the newest nor wanted; nothing else is touched."""
     for folder in all_checkpoints(checkpoints)[:-keep_last]:
         if step_of(folder) not in keep_steps:
-            shutil.rmtree(folder)
+            removed = folder.with_name(f".removed_{folder.name}")
+            os.rename(folder, removed)  # no half of a checkpoint ever bears its name
+            shutil.rmtree(removed)
 
 
 def set_aside(checkpoints: Path, step: int) -> list[str]:

@@ -37,8 +37,8 @@ class MainTrainer(BaseTrainer):
         for window in self.windows(train_loader):  # the micro-batches of one optimizer step
             for batch in self.micro_batches(window):
                 losses, predictions = self.forward_pass(batch)
+                self.meter.add(losses, window.counts[window.number], self.kept(predictions, batch), self.state.step + 1)
                 self.optimize(losses)
-                self.meter.add(losses, window.counts[window.number], self.kept(predictions, batch), self.state.step)
             if self.after_step(bar):
                 break
         bar.close()
@@ -50,7 +50,7 @@ class MainTrainer(BaseTrainer):
         self.model.eval()
         meter, sums, metrics = Meter(None, self.reduce), Sums(), self.new_metrics()
         with self.averaged():
-            for batch in moved_ahead(val_loader, self.device, self.on_device):
+            for batch in moved_ahead(self.polled(val_loader), self.device, self.on_device):
                 losses, predictions = self.forward_pass(batch)
                 count = self.count(batch)
                 meter.add(losses, count, (), self.state.step)

@@ -34,8 +34,14 @@ class Meter:
 
     KEPT_ELEMENTS = 2**22  # then what was kept is reduced on the device, so that memory stays bounded
 
-    def __init__(self, hits: Callable[..., dict[str, Tensor]] | None = None, reduce: Reduce | None = None):
-        self.hits, self.reduce = hits, reduce
+    def __init__(
+        self,
+        hits: Callable[..., dict[str, Tensor]] | None = None,
+        reduce: Reduce | None = None,
+        *,
+        finite_only: bool = False,
+    ):
+        self.hits, self.reduce, self.finite_only = hits, reduce, finite_only
         self._forget()
 
     def _forget(self) -> None:
@@ -65,7 +71,10 @@ class Meter:
         self.kept, self.kept_elements = [], 0
 
     def read(self, *sums: Sums) -> None:
-        """Add what is pending to each of the sums and forget it. Raises Diverged on a loss that is not finite."""
+        """Add what is pending to each of the sums and forget it.
+
+        A loss that is not finite raises Diverged, or with finite_only counts for nothing.
+        """
         if not self.losses:
             return
         self._find_hits()
@@ -89,13 +98,15 @@ class Meter:
             *values, counts = self.reduce(rows).tolist()
             values = [[value / count if count else 0.0 for value, count in zip(row, counts)] for row in values]
             *totals, samples = self.reduce(tail).tolist()
-        self._refuse_non_finite(names, values, [step for _, _, step in pending])
+        if not self.finite_only:
+            self._refuse_non_finite(names, values, [step for _, _, step in pending])
         for target in sums:
             for name, row in zip(names, values):
                 entry = target.setdefault(name, [0.0, 0])
                 for value, count in zip(row, counts):
-                    entry[0] += value * count
-                    entry[1] += count
+                    if math.isfinite(value):
+                        entry[0] += value * count
+                        entry[1] += count
             for name, total in zip(hit_sums, totals):
                 entry = target.setdefault(name, [0.0, 0])
                 entry[0] += total

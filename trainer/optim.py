@@ -48,8 +48,9 @@ def groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str
     return [group for group in found if group["params"]]
 
 
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients so that their global norm is at most max_norm; the norm before, left on the device.
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale all gradients so that their global norm is at most max_norm (None: measure alone); the norm before, left
+    on the device.
 
     torch.nn.utils.clip_grad_norm_ computes the same, tensor by tensor on a CPU: 45 us for four of them, here 25.
     """
@@ -57,9 +58,10 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     if not gradients:
         return torch.zeros(())
     if isinstance(gradients[0], DTensor):
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
+        return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    if max_norm is not None:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 

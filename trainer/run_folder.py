@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,7 @@ from typing import Any
 from configs.arguments import NOT_SAVED, read_yaml, to_yaml
 from configs.errors import ConfigError, UserError
 from configs.options import Config
+from configs.secrets import hide_in_command, hide_secrets
 from trainer import checkpoint
 
 # What may differ when a run is continued; anything else would make it another run.
@@ -22,7 +28,7 @@ MAY_CHANGE = {
     "epochs", "max_steps", "num_workers", "cpu_threads", "log_every", "save_every_steps", "keep_last", "keep_best",
     "use_tensorboard", "use_wandb", "wandb_project", "push_to_hub", "hub_model_id", "trace_samples", "debug",
     "stop_after_steps", "early_stopping", "patience", "resume", "experiment_name", "output_dir", "test_data_dir",
-    "max_bad_fraction",
+    "check", "max_bad_fraction", "save_every_minutes", "fresh", "nonfinite", "max_nonfinite",
 }  # fmt: skip
 
 
@@ -30,47 +36,134 @@ class RunFolder:
     """Paths and files of one run. Only the main process writes."""
 
     def __init__(self, path: Path, *, writes: bool = True):
-        self.path, self.writes = path, writes
-        self.checkpoints, self.best = path / "checkpoints", path / "best"
+        self.writes = writes
+        self.move_to(path)
         self._metrics: Any = None
         self._samples: Any = None
+        self._lock: Any = None
+        with self.telling():
+            self.known = path.is_dir()  # at the start: a folder that appears later is another run's
 
-    def open(self, config: Config, environment: dict[str, Any]) -> None:
-        """Make the folder and write what the run is."""
-        if not self.writes:
+    def lock(self) -> None:
+        """Keep other processes out as long as this one lives. Raises ConfigError where one is in the folder.
+
+        A record lock: the kernel drops it with the process, even a killed one, and loader processes do not inherit it.
+        """
+        if not self.writes or self._lock or not self.path.is_dir():
             return
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            import fcntl
+        except ImportError:  # Windows
+            return
+        with self.telling():
+            file = (self.path / ".lock").open("a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return  # a filesystem without locks
+            raise ConfigError(
+                f"the run is being trained by {owner}",
+                where=str(self.path),
+                fix="wait for it or stop it; or choose another --experiment_name, or --fresh for a new folder",
+            ) from None
+        self._lock = file
+        with suppress(OSError):  # of a full disk; the name is for others to read
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+
+    @property
+    def locked(self) -> bool:
+        return self._lock is not None
+
+    def create(self, *, only_new: bool) -> bool:
+        """Make the folder and lock it. only_new: one that exists belongs to another run, so take the next free name;
+        True where that happened."""
+        if not self.writes:
+            return False
+        path = self.path
+        with self.telling():
+            while True:
+                try:
+                    self.path.mkdir(parents=True, exist_ok=self.known)
+                    break
+                except FileExistsError:
+                    if only_new:
+                        self.move_to(free_name(path))
+                    elif self.path.is_dir():
+                        self.lock()  # raises, and names the owner, where it lives
+                        self.close()
+                        raise ConfigError(
+                            "another start has taken the name just now",
+                            where=str(self.path),
+                            fix="the same command continues that run now; or choose another --experiment_name",
+                        ) from None
+                    else:
+                        raise
+            self.known = True
+            self.checkpoints.mkdir(exist_ok=True)
+        self.lock()
+        return self.path != path
+
+    def move_to(self, path: Path) -> None:
+        self.path, self.checkpoints, self.best = path, path / "checkpoints", path / "best"
+
+    def open(self, config: Config, environment: dict[str, Any]) -> None:
+        """Write what the run is, and begin its files of lines."""
+        if not self.writes:
+            return
+        with self.telling():
             write_whole(self.path / "config.yaml", saved_yaml(config))
             write_whole(self.path / "env.json", json.dumps(environment, indent=1))
             self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
             if config.trace_samples:
                 self._samples = (self.path / "samples.jsonl").open("a", buffering=1)
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """What keeps the folder from being written becomes a UserError that names it."""
+        try:
+            yield
         except OSError as error:
             raise UserError(
                 f"cannot write the run folder: {error.strerror}",
                 where=str(self.path),
-                fix="choose another --output_dir",
-            ) from None
+                fix="free some space or make it writable, or choose another --output_dir; what was saved stands",
+            ) from error
 
     def log(self, kind: str, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
         if self._metrics:
-            self._metrics.write(json.dumps({"kind": kind, **values}) + "\n")
+            self._write(self._metrics, {"kind": kind, **values})
 
     def log_samples(self, step: int, epoch: int, ids: list[int]) -> None:
         if self._samples:
-            self._samples.write(json.dumps({"step": step, "epoch": epoch, "ids": ids}) + "\n")
+            self._write(self._samples, {"step": step, "epoch": epoch, "ids": ids})
 
     def log_bad_sample(self, line: dict[str, Any]) -> None:
         if self.writes:
-            with (self.path / "bad_samples.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            with self.telling(), (self.path / "bad_samples.jsonl").open("a") as file:
+                self._write(file, {name: hide_secrets(v) if isinstance(v, str) else v for name, v in line.items()})
+
+    def _write(self, file: Any, line: dict[str, Any]) -> None:
+        try:
+            file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"a line of {Path(file.name).name} could not be written: {error.strerror}",
+                where=str(self.path),
+                fix="free some space; checkpoints stand, the same command continues from the newest",
+            ) from None
 
     def status(self, state: str, **values: Any) -> None:
         """status.json: the truth about how a run ended, whatever the launcher says."""
         if self.writes and self.path.is_dir():
-            write_whole(self.path / "status.json", json.dumps({"state": state, **values}, indent=1))
+            with self.telling():
+                write_whole(self.path / "status.json", hide_secrets(json.dumps({"state": state, **values}, indent=1)))
 
     def read_status(self) -> dict[str, Any]:
         try:
@@ -78,19 +171,21 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
 
-    def set_back(self, step: int) -> None:
-        """Forget the lines of steps that will be done again, and a last line that a kill cut off."""
+    def set_back(self, step: int, evaluated_step: int) -> None:
+        """Forget the lines of steps and evaluations that will be done again, and a last line that a kill cut off."""
         for name in ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl") if self.writes else ():
             path = self.path / name
             if path.is_file():
-                kept = [line for line in path.read_text().splitlines() if is_at_most(line, step)]
-                write_whole(path, "".join(line + "\n" for line in kept))
+                kept = [line for line in path.read_text().splitlines() if stands(line, step, evaluated_step)]
+                with self.telling():
+                    write_whole(path, "".join(line + "\n" for line in kept))
 
     def close(self) -> None:
-        for file in (self._metrics, self._samples):
+        for file in (self._metrics, self._samples, self._lock):
             if file:
-                file.close()
-        self._metrics = self._samples = None
+                with suppress(OSError):  # of a full disk; it has been told
+                    file.close()
+        self._metrics = self._samples = self._lock = None
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -100,11 +195,12 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def is_at_most(line: str, step: int) -> bool:
-    """A look at the test set stays on record, whatever is done again."""
+def stands(line: str, step: int, evaluated_step: int) -> bool:
+    """Whether a line is of what the run goes on from; a look at the test set stays, whatever is done again."""
     try:
         entry = json.loads(line)
-        return entry.get("kind") == "test" or entry["step"] <= step
+        kind = entry.get("kind")
+        return kind == "test" or entry["step"] <= (evaluated_step if kind in ("epoch", "val") else step)
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -114,37 +210,43 @@ def saved_yaml(config: Config) -> str:
     return to_yaml(config, without=NOT_SAVED)
 
 
-def find(config: Config) -> tuple[Path, Path | None, list[str]]:
-    """The folder of this run, the checkpoint it continues from, and lines to tell about it.
-
-    Raises where there is a run that must not be touched, or none to continue.
-    """
+def find(config: Config) -> Path:
+    """The folder of this run. Raises ConfigError where there is one that must not be touched."""
     root = Path(config.output_dir)
     if config.resume not in ("auto", "never"):
         given = Path(config.resume).resolve()
-        if checkpoint.step_of(given) is not None:
-            wrong = checkpoint.fault(given)
-            if wrong:
-                raise UserError(
-                    f"the checkpoint is damaged: {wrong}",
-                    where=str(given),
-                    fix=f"--resume {given.parent.parent}",
-                )
-            return given.parent.parent, given, []
-        newest, lines = checkpoint.newest_valid(given / "checkpoints")
-        return given, newest, lines
+        return given.parent.parent if checkpoint.step_of(given) is not None else given
     if config.experiment_name is None:
-        stem = time.strftime("%Y%m%d-%H%M%S-") + f"{config.model}-{Path(config.train_data_dir or config.dataset).name}"
-        names = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
-        return next(root / name for name in names if not (root / name).exists()), None, []
+        data = re.sub("[^A-Za-z0-9._-]+", "-", Path(config.train_data_dir or config.dataset).name)[:60]
+        return free_name(root / (time.strftime("%Y%m%d-%H%M%S-") + f"{config.model}-{data}"))
     path = root / config.experiment_name
-    newest, lines = checkpoint.newest_valid(path / "checkpoints")
     if config.resume == "never" and path.exists():
         raise ConfigError(
             f"--resume never, but {path} exists",
             fix="choose another --experiment_name, or leave --resume out to continue it",
         )
-    return path, newest, lines
+    return free_name(path) if config.fresh else path
+
+
+def free_name(path: Path) -> Path:
+    """The path itself, or with the first number that is free: x, x-2, x-3, ..."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(found for found in itertools.chain([path], numbered) if not found.exists())
+
+
+def find_checkpoint(config: Config, path: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue from, None for a new run; and lines to tell about it.
+
+    Raises UserError where it is damaged, or where there are some and none is intact.
+    """
+    given = Path(config.resume).resolve()
+    if config.resume not in ("auto", "never") and checkpoint.step_of(given) is not None:
+        if wrong := checkpoint.fault(given):
+            raise UserError(
+                f"the checkpoint is damaged: {wrong}", where=str(given), fix=f"--resume {given.parent.parent}"
+            )
+        return given, []
+    return checkpoint.newest_valid(path / "checkpoints")
 
 
 def check_same_run(config: Config, path: Path) -> list[str]:
@@ -177,18 +279,9 @@ def environment(device: str, **values: Any) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": device,
         "git_commit": git_commit(),
-        "command": [Path(sys.argv[0]).name, *(hide_secret(argument) for argument in sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *hide_in_command(sys.argv[1:])],
         **values,
     }
-
-
-def hide_secret(argument: str) -> str:
-    """Tokens never reach a file."""
-    return (
-        "***"
-        if argument.startswith("hf_") or "token" in argument.lower() or ("://" in argument and "@" in argument)
-        else argument
-    )
 
 
 def git_commit() -> str | None:

@@ -14,12 +14,16 @@ class TrainState:
     step: int = 0  # optimizer updates done in the run
     epoch: int = 0  # epochs done
     step_in_epoch: int = 0
+    evaluated_step: int = 0  # of the last evaluation that is written down
     epoch_sums: Sums = field(default_factory=dict)  # since the epoch began
     window_sums: Sums = field(default_factory=dict)  # since the last log line
     monitor: Progress = field(default_factory=Progress)
     plateau: Progress = field(default_factory=Progress)
     plateau_factor: float = 1.0
     best_steps: list[tuple[float, int]] = field(default_factory=list)  # (value, step) of the best checkpoints
+    nonfinite_steps: int = 0  # skipped, or gone back from
+    train_samples: int | None = None  # that the order is a permutation of
+    regular_step: int = 0  # of the last save that only the config decided on
     cpu_threads: int = 1
     wandb_id: str = ""
 

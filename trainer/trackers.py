@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import queue
 import threading
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from configs.options import Config
+from configs.secrets import hide_secrets
 
-FINISH_SECONDS = 60.0
+FINISH_SECONDS, STOPPED_SECONDS = 60.0, 5.0  # to wait for at the end; where the run was asked to stop
 
 
 class Tracker:
@@ -29,14 +31,15 @@ class Tracker:
             except queue.Full:
                 self._give_up("it has not taken a line for long")
 
-    def finish(self, best: Path | None) -> None:
+    def finish(self, best: Path | None, *, seconds: float = FINISH_SECONDS) -> None:
         """Hand over the best model, write what is left, and wait for it, but not for ever."""
         if self.failed:
             return
-        self._lines.put((best, None))
-        self._thread.join(FINISH_SECONDS)
+        with suppress(queue.Full):  # then it hangs, and is waited for in vain
+            self._lines.put_nowait((best, None))
+        self._thread.join(seconds)
         if self._thread.is_alive():
-            self._give_up(f"it did not finish in {FINISH_SECONDS:.0f} s")
+            self._give_up(f"it did not finish in {seconds:.0f} s")
 
     def _work(self, open_backend: Any) -> None:
         try:
@@ -52,10 +55,8 @@ class Tracker:
     def _give_up(self, reason: str) -> None:
         if not self.failed:
             self.failed = True
-            print(
-                f"warning: {self.name} stopped ({reason[:200]}); the run goes on, metrics.jsonl is complete",
-                flush=True,
-            )
+            why = hide_secrets(reason)[:200]
+            print(f"warning: {self.name} stopped ({why}); the run goes on, metrics.jsonl is complete", flush=True)
 
 
 def open_trackers(config: Config, folder: Path, run_id: str) -> list[Tracker]:
@@ -90,7 +91,7 @@ class WeightsAndBiases:
 
         self.run = wandb.init(
             project=project, name=name, id=run_id, resume="allow", config=config, dir=str(folder),
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(silent=True, disable_git=True),  # the remote of a repository may hold a password
         )  # fmt: skip
         self.artifact = wandb.Artifact(f"model-{run_id}", type="model")
 

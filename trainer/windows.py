@@ -36,6 +36,9 @@ class Window:
         return self.number == len(self.batches) - 1
 
 
+NO_WINDOW = Window([], [], 0)
+
+
 def as_dict(item: Any) -> Batch:
     """An (images, labels) pair as a batch; a dict is one already."""
     if isinstance(item, dict):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from configs.arguments import make_config
 from models import BaseModel
+from trainer import starting
 from trainer.main_trainer import MainTrainer
 
 LR, CLIP = 1e-3, 1.0
@@ -80,7 +81,7 @@ def trainer_epoch(batches: list[Any], steps: int, folder: str, extra: dict[str, 
     model = MLP()
     model.classes = [str(number) for number in range(10)]
     trainer = MainTrainer(config, model, batches)
-    trainer.open_run()
+    starting.open_run(trainer)
     start = time.perf_counter()
     trainer.train_epoch(batches)
     seconds = time.perf_counter() - start

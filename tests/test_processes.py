@@ -1,0 +1,104 @@
+"""Two real processes: what one of them meets, both answer; an error of one is told once, and none is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+# A fault from outside: a script that changes one process of the real command, and then is that command.
+DRIVER = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+from data.batches import ImageDataset
+from trainer.main_trainer import MainTrainer
+from trainer.saving import Saver
+
+place, rank = sys.argv.pop(1), sys.argv.pop(1)
+
+def boom(*_, **__):
+    raise ValueError("boom")
+
+def at_step_20(method, act):
+    def changed(self, *given):
+        result = method(self, *given)
+        return act(result) if self.state.step == 20 else result
+    return changed
+
+if os.environ["RANK"] == rank:
+    if place == "forward":
+        MainTrainer.forward_pass = at_step_20(MainTrainer.forward_pass, boom)
+    elif place == "nan":
+        MainTrainer.forward_pass = at_step_20(MainTrainer.forward_pass, lambda both: (both[0] * torch.nan, both[1]))
+    elif place == "inf":  # in the loss alone: its gradients are finite
+        MainTrainer.forward_pass = at_step_20(MainTrainer.forward_pass, lambda both: (both[0] + torch.inf, both[1]))
+    elif place == "val":
+        MainTrainer.validate_epoch = boom
+    elif place == "save":
+        Saver.write_ours = boom
+    elif place == "data":
+        ImageDataset.labels = boom
+
+from scripts.train import main
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def train_two(folder: Path, place: str, rank: int, *flags: str) -> subprocess.CompletedProcess[str]:
+    script = folder / "driver.py"
+    script.write_text(DRIVER.format(root=str(ROOT)))
+    run = ["--output_dir", str(folder), "--experiment_name", "x", "--epochs", "1", *flags]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, str(script), place, str(rank), *run],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+
+
+def ours(stderr: str) -> list[str]:
+    """The lines that the processes wrote, not those of the launcher."""
+    before = stderr.split("torch/distributed/elastic/multiprocessing/api.py")[0].splitlines()
+    return [line for line in before if line.strip() and not line.startswith("W") and "Gloo" not in line]
+
+
+@pytest.mark.parametrize(
+    ("place", "rank", "words"),
+    [
+        ("forward", 1, ["ValueError: boom", "after step 20 of the run, samples "]),
+        pytest.param("forward", 0, ["ValueError: boom", "samples "], marks=pytest.mark.long),
+        pytest.param("val", 1, ["ValueError: boom", "after step 44"], marks=pytest.mark.long),
+        pytest.param("save", 0, ["ValueError: boom"], marks=pytest.mark.long),
+        pytest.param("data", 1, ["ValueError: boom", "data/"], marks=pytest.mark.long),
+    ],
+)
+def test_an_error_of_one_process_ends_both_and_is_told_once(tmp_path, place, rank, words):
+    start = time.monotonic()
+    done = train_two(tmp_path, place, rank, "--num_workers", "1")
+    said = ours(done.stderr)
+    assert done.returncode == 1
+    assert sum("ValueError: boom" in line for line in said) == 1
+    for word in words:
+        assert any(word in line for line in said), done.stderr
+    assert not any("Traceback" in line for line in said)
+    assert len(said) <= 15
+    assert time.monotonic() - start < 60
+    assert "driver.py" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(("place", "rank"), [("inf", 1), pytest.param("nan", 0, marks=pytest.mark.long)])
+def test_a_loss_that_is_not_finite_on_one_process_stops_both_at_its_step(tmp_path, place, rank):
+    done = train_two(tmp_path, place, rank)
+    assert "step 21 " in done.stderr
+    status = json.loads((tmp_path / "x" / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("diverged", 21)
+    assert sum(line.startswith(("error", "[process")) for line in ours(done.stderr)) == 1

@@ -1,0 +1,139 @@
+"""Losses and gradients that are not finite: noticed before the update, on every process at the same step."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import Diverged
+from data.order import TrainOrder
+from trainer.metrics import CURE
+from trainer.run_folder import write_whole
+
+if TYPE_CHECKING:
+    from trainer.base_trainer import BaseTrainer
+
+IDS_SHOWN = 8
+
+
+class NonFinite:
+    """Keeps updates that are not finite from being made, and answers them as `--nonfinite` says.
+
+    On a CPU each norm is looked at. With CUDA that would wait for the device: there fused optimizers are told by a
+    tensor to leave everything as it is, and the host looks at log lines. GradScaler does so by itself for gradients.
+    """
+
+    def __init__(self, trainer: BaseTrainer):
+        self.trainer = trainer
+        fused = all(optimizer.defaults.get("fused") for optimizer in trainer.optimizers)
+        self.looks_at_once = trainer.scaler is None and (trainer.device.type != "cuda" or not fused)
+        self.bad = torch.zeros(2, dtype=torch.int64, device=trainer.device)  # first bad step, how many
+        self.buffers = [buffer for buffer in trainer.plain_model.buffers() if buffer.is_floating_point()]
+        self.losses_are_finite = True
+        self.good_buffers = [buffer.clone() for buffer in self.buffers]
+
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Before the forward: one NaN in it would stay in BatchNorm's averages for ever."""
+        self.losses_are_finite = True
+        if self.buffers and self.looks_at_once:
+            torch._foreach_copy_(self.good_buffers, self.buffers)
+
+    def looked_at(self, loss: Tensor) -> Tensor:
+        """The loss of a micro-batch. Where it cannot be looked at by all processes, one that is not finite makes
+        every gradient NaN, and with it the norm on all of them."""
+        if self.looks_at_once and self.trainer.reduce is None:
+            self.losses_are_finite = self.losses_are_finite and math.isfinite(loss.item())
+            return loss
+        return loss * (1 + 0 * loss.detach())
+
+    def allows_update(self, norm: Tensor) -> bool:
+        """Whether to call the optimizers, which may have been told to do nothing."""
+        step = self.trainer.state.step + 1
+        if self.looks_at_once:
+            if math.isfinite(norm.item()) and self.losses_are_finite:
+                return True
+            self.bad = torch.tensor([step, 1])
+            return False
+        bad = ~norm.isfinite()
+        self.bad = torch.stack([torch.where(bad & (self.bad[0] == 0), step, self.bad[0]), self.bad[1] + bad])
+        if self.trainer.scaler is None:
+            for optimizer in self.trainer.optimizers:
+                optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        return True
+
+    def settle(self) -> None:
+        """Answer what was not finite since the last call. Raises Diverged where the run has to stop."""
+        first, count = self.bad.tolist()
+        if not count:
+            if self.buffers and not self.looks_at_once:
+                torch._foreach_copy_(self.good_buffers, self.buffers)
+            return
+        trainer, config = self.trainer, self.trainer.config
+        self.bad = torch.zeros_like(self.bad)
+        with torch.no_grad():
+            torch._foreach_copy_(self.buffers, self.good_buffers)
+        what = self.describe(first)
+        self.write_capsule(first, what)
+        trainer.state.nonfinite_steps += count
+        so_far = trainer.state.nonfinite_steps
+        if config.nonfinite == "stop":
+            raise Diverged(what, fix=CURE)
+        if so_far > config.max_nonfinite:
+            raise Diverged(f"{what}, as {so_far - 1} steps before; --max_nonfinite is {config.max_nonfinite}", fix=CURE)
+        place = {"step": first, "epoch": trainer.state.epoch, "count": count, "policy": config.nonfinite}
+        if config.nonfinite == "rollback":
+            place["weights_of"] = trainer.roll_back()
+        trainer.run.log("nonfinite", place)
+        if trainer.is_main:
+            then = f"weights of step {place['weights_of']}" if "weights_of" in place else "no update"
+            print(f"{what}: {then} ({so_far} of at most {config.max_nonfinite})", flush=True)
+
+    def describe(self, step: int) -> str:
+        """What was not finite, with the learning rate and the first sample ids."""
+        ids = self.draw(step)["ids"]
+        shown = ", ".join(map(str, ids[:IDS_SHOWN])) + (", ..." if len(ids) > IDS_SHOWN else "")
+        samples = f", samples {shown}" if ids else ""
+        named = [(name, value) for name, values in self.losses(step).items() for value in values]
+        bad = [f"{name} is {value}" for name, value in named if not math.isfinite(value)]
+        what = bad[0] if bad else "the norm of the gradient is not finite"
+        return f"{what} at step {step} (lr {self.trainer.lr:g}{samples})"
+
+    def write_capsule(self, step: int, what: str) -> None:
+        """All that names the step: `scripts/replay.py RUN --step N` computes it again."""
+        trainer = self.trainer
+        capsule = {
+            "step": step,
+            "epoch": trainer.state.epoch,
+            "what": what,
+            "lr": trainer.lr,
+            "losses": {name: list(map(repr, values)) for name, values in self.losses(step).items()},
+            **self.draw(step),
+        }
+        if trainer.run.writes:
+            folder = trainer.run.path / "nonfinite"
+            folder.mkdir(exist_ok=True)
+            write_whole(folder / f"step_{step:08d}.json", json.dumps(capsule))
+
+    def losses(self, step: int) -> dict[str, list[float]]:
+        """This process's losses of the step's micro-batches."""
+        found: dict[str, list[float]] = {}
+        for losses, _, of_step in self.trainer.meter.losses:
+            if of_step == step:
+                for name, value in (losses if isinstance(losses, dict) else {"loss": losses}).items():
+                    found.setdefault(name, []).append(float(value))
+        return found
+
+    def draw(self, step: int) -> dict[str, list[Any]]:
+        """Sample ids and augmentation keys of the global batch, where an order made it."""
+        trainer = self.trainer
+        order = getattr(trainer.train_loader, "order", None)
+        if not isinstance(order, TrainOrder):
+            return {"ids": [], "keys": []}
+        place = (trainer.state.step_in_epoch - 1 - (trainer.state.step - step)) * order.batch_size
+        draw = order.draw(trainer.state.epoch, place, place + order.batch_size)
+        return {"ids": draw.ids.tolist(), "keys": [f"{key:016x}" for key in draw.keys.tolist()]}

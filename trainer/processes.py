@@ -1,0 +1,70 @@
+"""What the processes of a run tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from configs.errors import UserError
+
+Line = dict[str, Any]
+
+
+class Processes:
+    """All of them call each method as often, and get the same from it."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.number = accelerator.num_processes
+        # The sum of a tensor over all processes; None for one alone.
+        self.reduce = (lambda tensor: accelerator.reduce(tensor, "sum")) if self.number > 1 else None
+        self.group: Any = dist.new_group(backend="gloo") if self.number > 1 else None
+        self.words = torch.zeros(0, dtype=torch.int64)
+        self.pending: dist.Work | None = None
+
+    def from_main(self, work: Callable[[], Any]) -> Any:
+        """What the main process's work returns; its error is raised on all, so that none waits for ever."""
+        if self.number == 1:
+            return work()
+        result = error = told = None
+        if self.accelerator.is_main_process:
+            try:
+                result = work()
+            except Exception as fault:
+                error = fault
+                told = fault if isinstance(fault, UserError) else UserError(f"the main process failed: {fault}")
+        result, told = broadcast_object_list([result, told])
+        if told is not None:
+            raise error or told
+        return result
+
+    def gather_lines(self, lines: list[Line]) -> list[Line]:
+        """Those of all processes; as a rule there are none, and one number is all that is exchanged."""
+        if self.reduce is None or not self.reduce(torch.tensor(len(lines), device=self.accelerator.device)):
+            return lines
+        return gather_object(lines)
+
+    def exchange(self, *words: int) -> list[int]:
+        """The largest of each word that any process said at the call before: all act on it at the same step.
+
+        The words travel on the CPU beside the computation, so that nobody waits. One process alone hears at once.
+        """
+        if self.group is None:
+            return list(words)
+        heard = self.hear() or [0] * len(words)
+        self.words = torch.tensor(words)
+        self.pending = dist.all_reduce(self.words, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return heard
+
+    def hear(self) -> list[int]:
+        """What is on its way; [] where nothing is."""
+        if self.pending is None:
+            return []
+        self.pending.wait()
+        self.pending = None
+        return self.words.tolist()

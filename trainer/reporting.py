@@ -1,0 +1,58 @@
+"""What a run writes down while it trains: lines of metrics.jsonl and samples.jsonl, and the same to the trackers."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from configs.errors import ConfigError
+from trainer.metrics import means
+from trainer.progress import EpochBar
+
+if TYPE_CHECKING:
+    from trainer.base_trainer import BaseTrainer
+
+
+def log_step(trainer: BaseTrainer, bar: EpochBar) -> None:
+    """The means since the last log line. Here, and nowhere else in the loop, the device is waited for."""
+    state = trainer.state
+    trainer.meter.read(state.window_sums, state.epoch_sums)
+    values = {**means(state.window_sums), "lr": trainer.lr}
+    if trainer.grad_norm is not None and math.isfinite(norm := float(trainer.grad_norm)):
+        values["grad_norm"] = norm
+    state.window_sums = {}
+    share_bad_samples(trainer)
+    trainer.run.log("train", {"step": state.step, "epoch": state.epoch, **values})
+    track(trainer, {f"train/{name}": value for name, value in values.items()})
+    bar.show(values)
+
+
+def log_speed(trainer: BaseTrainer) -> None:
+    """Since the epoch began: samples a second, the share of time that data and saves were waited for."""
+    values = trainer.clock.speed() | {"save_stall_seconds": trainer.saver.stall_seconds}
+    trainer.saver.stall_seconds = 0.0
+    if trainer.device.type == "cuda":
+        values["peak_memory_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
+    trainer.run.log("speed", {"step": trainer.state.step, "epoch": trainer.state.epoch, **values})
+    track(trainer, {f"speed/{name}": value for name, value in values.items()})
+
+
+def track(trainer: BaseTrainer, values: dict[str, float]) -> None:
+    for tracker in trainer.trackers:
+        tracker.log(values, trainer.state.step)
+
+
+def trace_samples(trainer: BaseTrainer) -> None:
+    """The ids of the whole global batch, as they were computed."""
+    batches = trainer.window.batches
+    if "ids" not in batches[0]:
+        raise ConfigError("--trace_samples needs batches that are dicts with `ids`", fix="leave it out")
+    ids = torch.cat([batch["ids"].to(trainer.device) for batch in batches])
+    everywhere = ids if trainer.reduce is None else trainer.accelerator.gather(ids)
+    trainer.run.log_samples(trainer.state.step, trainer.state.epoch, everywhere.tolist())
+
+
+def share_bad_samples(trainer: BaseTrainer) -> None:
+    trainer.bad_samples.share(trainer.state.step * trainer.config.batch_size)

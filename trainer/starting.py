@@ -1,0 +1,98 @@
+"""How a run begins or goes on: its folder, its checkpoint, its threads, and what must be so before the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from configs.errors import ConfigError
+from trainer import checkpoint, run_folder, saving
+from trainer.device import default_threads
+from trainer.trackers import open_trackers
+
+if TYPE_CHECKING:
+    from trainer.base_trainer import BaseTrainer
+
+
+def find_checkpoint(trainer: BaseTrainer) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue from, in a folder that is this process's alone from here on; and lines to tell."""
+    config, run = trainer.config, trainer.run
+    run.lock()
+    if run.checkpoints.is_dir() and run.locked:
+        checkpoint.tidy(run.checkpoints)
+    found, lines = run_folder.find_checkpoint(config, run.path)
+    return found, lines + (run_folder.check_same_run(config, run.path) if found else [])
+
+
+def set_threads(trainer: BaseTrainer) -> None:
+    """Threads and algorithms decide the last bits: set them before anything is computed, keep them at a resume."""
+    config, state = trainer.config, trainer.state
+    if config.cpu_threads or not trainer.resume_from:
+        state.cpu_threads = config.cpu_threads or default_threads(trainer.processes.number)
+    torch.set_num_threads(state.cpu_threads)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def check_lengths(trainer: BaseTrainer) -> None:
+    """What only the loaders' lengths and the number of processes tell."""
+    config, state = trainer.config, trainer.state
+    samples = getattr(trainer.train_loader, "size", None)
+    if trainer.resume_from and state.train_samples not in (None, samples):
+        raise ConfigError(
+            f"the run was begun with {state.train_samples:,} training samples, now there are {samples or 0:,}",
+            where=str(trainer.run.path),
+            fix="put the data back, or begin a run of another --experiment_name",
+        )
+    state.train_samples = samples
+    if not config.max_steps and trainer.train_loader is not None and config.warmup_steps >= trainer.total_steps:
+        raise ConfigError(
+            f"--warmup_steps {config.warmup_steps} must be less than the run's {trainer.total_steps} steps"
+        )
+    if (config.mixup or config.cutmix) and trainer.batch_share % 2:
+        raise ConfigError(
+            f"--mixup and --cutmix pair samples, and each process has {trainer.batch_share} of --batch_size "
+            f"{config.batch_size}",
+            fix="choose a batch size that is twice a multiple of the processes",
+        )
+
+
+def load_checkpoint(trainer: BaseTrainer) -> None:
+    """Take up the checkpoint that the run continues from, once: a second train() goes on from where it is."""
+    folder, trainer.resume_from = trainer.resume_from, None
+    if folder is not None:
+        saving.load_checkpoint(trainer, folder)
+        trainer.saver.saved = trainer.state.to_json()
+        if trainer.is_main:
+            print(f"continuing {trainer.run.path} after step {trainer.state.step} (epoch {trainer.state.epoch + 1})")
+
+
+def open_run(trainer: BaseTrainer) -> None:
+    """Make the run folder or take it back to where the run goes on; begin the files of lines and the trackers."""
+    config, state, run, accelerator = trainer.config, trainer.state, trainer.run, trainer.accelerator
+    from_main = trainer.processes.from_main
+    unnamed = config.resume == "auto" and (config.experiment_name is None or config.fresh)
+    if from_main(lambda: run.create(only_new=unnamed and not state.step)) and trainer.is_main:
+        print(f"run       {run.path}, since another run took the name")
+    run.move_to(from_main(lambda: run.path))
+    run.set_back(state.step, state.evaluated_step)
+    accelerator.wait_for_everyone()  # all read what the main process has left of it
+    trainer.bad_samples.remember()
+    if trainer.is_main:
+        for line in checkpoint.set_aside(run.checkpoints, state.step):
+            print(line)
+    run.open(
+        config,
+        run_folder.environment(
+            str(trainer.device),
+            processes=accelerator.num_processes,
+            mixed_precision=accelerator.mixed_precision,
+            cpu_threads=state.cpu_threads,
+        ),
+    )
+    run.status("running", **trainer.standing())
+    if trainer.is_main:
+        trainer.trackers = open_trackers(config, run.path, state.wandb_id)
