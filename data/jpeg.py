@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 START, END, SCAN = b"\xff\xd8", b"\xff\xd9", 0xDA
 FRAMES = (0xC0, 0xC2)  # baseline and progressive
-# Huffman and quantization tables, restart interval, comment, JFIF: the least length that is no damage to Pillow.
-PASSED = {0xC4: 2, 0xDB: 2, 0xDD: 2, 0xFE: 2, 0xE0: 16}
+# Huffman and quantization tables, restart interval, comment, JFIF, colour profile, Photoshop's notes: the least length
+# that is no damage to Pillow.
+PASSED = {0xC4: 2, 0xDB: 2, 0xDD: 2, 0xFE: 2, 0xE0: 16, 0xE1: 2, 0xE2: 2, 0xED: 2}
+TELLING = {0xE1: (b"Exif", b"http://ns.adobe.com/xap"), 0xE2: (b"MPF",)}  # how these begin that tell more than the size
 
 
 class Frame(NamedTuple):
@@ -32,7 +34,7 @@ def plain_frame(data: bytes) -> Frame | None:
             frame = Frame(height, width, bands)
         elif marker == SCAN:
             return frame if data.rfind(END) >= place + 2 + max(length, 2) else None
-        elif length < PASSED.get(marker, 65536):
+        elif length < PASSED.get(marker, 65536) or data.startswith(TELLING.get(marker, ()), place + 4):
             return None
         place += 2 + length
     return None

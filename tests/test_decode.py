@@ -281,10 +281,12 @@ PLAIN_JPEGS = {
     "grey": encoded(photograph(60, 80).convert("L"), "JPEG"),
     "restart intervals": encoded(photograph(60, 80), "JPEG", restart_marker_blocks=3, optimize=True),
     "without JFIF": JPEG[:2] + JPEG[20:],
+    "colour profile": encoded(photograph(60, 80), "JPEG", icc_profile=b"profile" * 20_000),
+    "Photoshop": JPEG[:20] + b"\xff\xed\0\x1cPhotoshop 3.0\0" + b"8BIM\x03\xed\0\0\0\0\0\0" + JPEG[20:],
 }
 OTHER_JPEGS = {
     "rotated": encoded(photograph(60, 80), "JPEG", exif=exif_of(6)),
-    "colour profile": encoded(photograph(60, 80), "JPEG", icc_profile=b"profile" * 20),
+    "rotated by XMP": encoded(photograph(60, 80), "JPEG", xmp=b'<x tiff:Orientation="6"/>'),
     "CMYK": encoded(photograph(60, 80).convert("CMYK"), "JPEG"),
     "several pictures": encoded(photograph(60, 80), "MPO", save_all=True, append_images=[photograph(60, 80, seed=1)]),
     "bytes between segments": JPEG[:20] + b"\xff" + JPEG[20:],
