@@ -94,4 +94,4 @@ def test_every_script_and_file_that_is_named_exists():
 def test_the_table_of_resuming_names_all_that_may_change():
     row = next(line for line in README.splitlines() if line.startswith("| accepted, one line each"))
     named = set(re.findall(r"`(\w+)`", row))
-    assert named == MAY_CHANGE - {"experiment_name", "output_dir", "resume", "fresh"}
+    assert named == MAY_CHANGE | {"stop_after_steps", "debug"}

@@ -25,10 +25,9 @@ from trainer import checkpoint
 
 # What may differ when a run is continued; anything else would make it another run.
 MAY_CHANGE = {
-    "epochs", "max_steps", "num_workers", "cpu_threads", "log_every", "save_every_steps", "keep_last", "keep_best",
-    "use_tensorboard", "use_wandb", "wandb_project", "push_to_hub", "hub_model_id", "trace_samples", "debug",
-    "stop_after_steps", "early_stopping", "patience", "resume", "experiment_name", "output_dir", "test_data_dir",
-    "check", "max_bad_fraction", "save_every_minutes", "fresh", "nonfinite", "max_nonfinite",
+    "epochs", "max_steps", "num_workers", "cpu_threads", "log_every", "save_every_steps", "save_every_minutes",
+    "keep_last", "keep_best", "use_tensorboard", "use_wandb", "wandb_project", "push_to_hub", "hub_model_id",
+    "trace_samples", "early_stopping", "patience", "test_data_dir", "max_bad_fraction", "nonfinite", "max_nonfinite",
 }  # fmt: skip
 
 
