@@ -220,7 +220,7 @@ def test_a_refusal_of_scontrol_is_told_with_the_command_that_continues(project):
 
 def test_arguments_arrive_as_they_were_typed(project):
     awkward = "my data/$(touch pwned) `touch pwned` *'\" \\ ; touch pwned -x %s {a,b} ~"
-    flags = ["--experiment_name", "x", "--output_dir", "my runs", "--train_data_dir", awkward, "--wandb_project", ""]
+    flags = ["--experiment_name", "x", "--output_dir", "my runs", "--train_data_dir", awkward, "--wandb_project", "a b"]
     job = Job(project, *flags, RUN="my runs/x").signal(signal.SIGTERM)
     _, said, _ = job.end()
     assert json.loads((project / "arguments_0.json").read_text()) == flags
