@@ -25,6 +25,14 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, draw: Draw) -> dict[str, Any]:
         """images_BCHW uint8, labels int64 [B], ids int64 [B]; `faults` [(slot, reason)] where samples are bad."""
+        try:
+            return self.batch(draw)
+        except Exception as error:
+            if not hasattr(error, "__notes__"):
+                error.add_note(f"one of the samples {', '.join(map(str, draw.ids[:8]))}{', ...' * (len(draw.ids) > 8)}")
+            raise
+
+    def batch(self, draw: Draw) -> dict[str, Any]:
         labels, faults = self.labels(draw), dict[int, str]()
         images_BCHW = self.squares_at_once(draw, faults)
         if images_BCHW is None:
@@ -71,6 +79,9 @@ class ImageDataset(torch.utils.data.Dataset):
                 self.transform.cut(self.picture(draw, slot), key, self.channels, images_BCHW[slot])
             except DataError as error:
                 faults[slot] = error.what
+            except Exception as error:
+                error.add_note(f"sample {draw.ids[slot]}")
+                raise
         return images_BCHW
 
 

@@ -28,8 +28,12 @@ def told(error: BaseException) -> UserError:
         return error
     if type(error).__name__ == "ModelError":
         return ConfigError(str(error))
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    in_worker = "in DataLoader worker" in lines[0]  # then its last line is the error
+    lines, notes = (str(error).strip() or type(error).__name__).splitlines(), getattr(error, "__notes__", [])
+    in_worker = (
+        "in DataLoader worker" in lines[0]
+    )  # then the error is its last line, but for the note of data/batches.py
+    if in_worker and lines[-1].startswith(("sample ", "one of the samples ")):
+        notes = [lines.pop(), *notes]
     text = (lines[-1] if in_worker else lines[0])[:400]
     if is_of_another_process(error):
         return UserError("this process stops, since another one has ended", fix="see what that one says")
@@ -40,7 +44,7 @@ def told(error: BaseException) -> UserError:
         fix = "free some space, or choose another --output_dir; a saved run continues by the same command"
         return UserError(f"cannot write: {text}", where=place(error), fix=fix)
     fix = "run again with --debug for the whole traceback"
-    where = ", ".join([place(error), *getattr(error, "__notes__", [])])
+    where = ", ".join([place(error), *notes])
     return UserError(text if in_worker else f"{type(error).__name__}: {text}", where=where, fix=fix)
 
 

@@ -19,6 +19,8 @@ from PIL import Image
 from configs.arguments import make_config
 from configs.errors import DataError
 from data.dataset import load_data
+from data.transforms import Transform
+from scripts import train
 from scripts.report import fail
 from tests.conftest import ROOT, SHARED_DATA, lines_of, run_script
 from tests.hub_server import TOKEN, HubServer
@@ -290,6 +292,23 @@ def test_a_fault_that_one_process_alone_meets_is_told_by_it(monkeypatch, capsys)
     error.of_one_process = True
     fail(error, debug=False)
     assert capsys.readouterr().err.startswith("[process 1] error: a block is broken")
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [("cut", r"sample \d+, after step 0"), ("augment", r"one of the samples (\d+, ){8}\.\.\., after")],
+)
+def test_an_error_of_changed_code_names_the_sample(image_folder, tmp_path, capsys, monkeypatch, workers, broken, words):
+    def boom(*_, **__):
+        raise ValueError("boom")
+
+    monkeypatch.setattr(Transform, broken, boom)
+    flags = ["--train_data_dir", str(image_folder), "--num_workers", workers, "--output_dir", str(tmp_path)]
+    assert train.main([*flags, "--batch_size", "12", "--image_size", "8"]) == 1
+    said = capsys.readouterr().err
+    assert "ValueError: boom" in said
+    assert re.search(words, said), said
 
 
 def test_predictions_of_before_stay_where_there_are_no_weights(tmp_path):
