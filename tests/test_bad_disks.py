@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from configs.errors import ConfigError, UserError
-from tests.conftest import ROOT, same_run
+from tests.conftest import ROOT, lines_of, same_run
 from tests.tiny import TinyNet, tiny_batches, tiny_trainer
 from trainer import checkpoint
 from trainer.main_trainer import MainTrainer
@@ -204,6 +204,16 @@ def test_a_folder_that_may_not_be_written_is_named_and_nothing_changes(open_path
     (open_path / folder).chmod(0o755)
     run_in(open_path).train()
     same_run(undisturbed, open_path / "x")
+
+
+def test_a_tracker_that_fills_its_disk_stops_nothing(tmp_path, undisturbed, capfd):
+    (tmp_path / "x").mkdir()
+    with small_disk(tmp_path / "x" / "tensorboard", 4):
+        run_in(tmp_path, use_tensorboard=True, epochs=20).train()
+    said = capfd.readouterr()
+    assert said.out.count("warning: TensorBoard stopped (OSError: [Errno 28] No space left on device)") == 1
+    assert said.err == ""
+    assert len(lines_of(tmp_path / "x", "train")) == 80
 
 
 def test_a_run_folder_that_is_removed_while_training_stops_the_run_at_the_next_save(tmp_path, undisturbed):

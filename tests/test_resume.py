@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -310,6 +311,22 @@ def test_saves_come_by_the_clock_as_well(tmp_path):
     seldom = tiny_trainer(tmp_path, batches, experiment_name="seldom", save_every_minutes=10.0, **options)
     seldom.train()
     assert [checkpoint.step_of(f) for f in checkpoint.all_checkpoints(seldom.run.checkpoints)] == [5]
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
+    """By a month, back and forth, at each look."""
+    batches, options = tiny_batches([8] * 5), {"batch_size": 8, "keep_last": 9, "save_every_minutes": 10.0, "epochs": 2}
+    steady = tiny_trainer(tmp_path, batches, experiment_name="steady", **options)
+    steady.train()
+    true_time, jumps = time.time, itertools.cycle([0.0, 2.6e6, -2.6e6])
+    monkeypatch.setattr(time, "time", lambda: true_time() + next(jumps))
+    tiny_trainer(tmp_path, batches, experiment_name="jumping", stop_after_steps=7, **options).train()
+    jumping = tiny_trainer(tmp_path, batches, experiment_name="jumping", **options)
+    jumping.train()
+    assert torch.equal(weights(steady), weights(jumping))
+    assert lines_of(steady.run.path) == lines_of(jumping.run.path)
+    saved = [[checkpoint.step_of(f) for f in checkpoint.all_checkpoints(t.run.checkpoints)] for t in (steady, jumping)]
+    assert saved == [[5, 10], [5, 7, 10]]
 
 
 def test_the_wait_for_saves_is_logged(tmp_path):

@@ -74,7 +74,9 @@ class TensorBoard:
     def __init__(self, folder: Path, config: dict[str, Any]):
         from torch.utils.tensorboard import SummaryWriter
 
+        others = set(threading.enumerate())
         self.writer = SummaryWriter(str(folder))
+        hush(set(threading.enumerate()) - others)
         self.writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -83,6 +85,12 @@ class TensorBoard:
 
     def finish(self, best: Path | None) -> None:
         self.writer.close()
+
+
+def hush(threads: set[threading.Thread]) -> None:
+    """What ends a backend's own thread is raised by the next line it is given, too: no traceback as well."""
+    show = threading.excepthook
+    threading.excepthook = lambda args: None if args.thread in threads else show(args)
 
 
 class WeightsAndBiases:
