@@ -26,6 +26,7 @@ from tests.conftest import ROOT, lines_of, same_run
 from tests.tiny import TinyNet, tiny_batches, tiny_trainer
 from trainer import checkpoint
 from trainer.main_trainer import MainTrainer
+from trainer.saving import Saver
 
 
 class WideNet(TinyNet):
@@ -135,6 +136,24 @@ def test_a_save_that_fails_in_the_background_stops_the_run_within_a_save_interva
     monkeypatch.undo()
     run_in(tmp_path).train()
     same_run(undisturbed, tmp_path / "x")
+
+
+def test_a_save_that_has_failed_is_heard_at_the_next_step(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def save_and_wait(saver):
+        save(saver)
+        if saver.thread:
+            saver.thread.join()
+
+    save = Saver.save
+    monkeypatch.setattr(Saver, "save", save_and_wait)
+    monkeypatch.setattr(checkpoint, "commit", fail)
+    trainer = run_in(tmp_path)
+    with pytest.raises(UserError, match="step 2 could not be written: .*Input/output error"):
+        trainer.train()
+    assert trainer.state.step == 3
 
 
 @pytest.mark.parametrize("kilobytes", [1, 20, 105, 150, 200])

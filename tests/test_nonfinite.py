@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from configs.errors import Diverged
+from configs.errors import Diverged, UserError
 from tests.conftest import lines_of, run_script
 from tests.tiny import TinyNet, tiny_batches, tiny_trainer, weights
 from trainer import checkpoint
@@ -104,7 +104,9 @@ def test_a_roll_back_before_the_first_save_goes_to_the_start(tmp_path):
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 @pytest.mark.parametrize("stop", [5, 6, 7])
 def test_a_resumed_run_knows_what_it_skipped(tmp_path, policy, stop):
+    """A stop after step 5 saves there, beside step 4, which a roll back needs."""
     options = {"nonfinite": policy, "ema_decay": 0.9, "optimizer": "adamw", "max_nonfinite": 1, "lr": 0.01}
+    options["keep_last"] = 1
     whole = trainer_of(tmp_path, experiment_name="whole", **options)
     whole.train()
     trainer_of(tmp_path, stop_after_steps=stop, **options).train()
@@ -114,6 +116,22 @@ def test_a_resumed_run_knows_what_it_skipped(tmp_path, policy, stop):
     assert all(torch.equal(back.ema.average[name], value) for name, value in whole.ema.average.items())
     assert lines_of(back.run.path) == lines_of(whole.run.path)
     assert back.state.nonfinite_steps == 1
+
+
+def test_a_damaged_checkpoint_is_not_gone_back_to(tmp_path):
+    trainer = trainer_of(tmp_path, nonfinite="rollback")
+    batches = list(trainer.train_loader)
+
+    def damaged():
+        yield from batches[: BAD_STEP - 1]
+        trainer.saver.finish()
+        file = trainer.run.checkpoints / "step_00000004" / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+        yield from batches[BAD_STEP - 1 :]
+
+    trainer.train_loader = damaged()
+    with pytest.raises(UserError, match="the checkpoint to go back to is damaged: model.safetensors has changed"):
+        trainer.train()
 
 
 def test_skipping_is_bounded(tmp_path):
