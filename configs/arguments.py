@@ -19,7 +19,10 @@ from configs.yaml_file import read_yaml
 
 SECTIONS = {"data": DataOptions, "model": ModelOptions, "optim": OptimOptions, "run": RunOptions}
 # What names a run or its place is not part of what the run is: `--config runs/x/config.yaml` repeats it anew.
-NOT_SAVED = ("experiment_name", "output_dir", "resume", "fresh", "stop_after_steps", "check", "debug")
+NOT_SAVED = (
+    "experiment_name", "output_dir", "resume", "fresh", "stop_after_steps", "use_multigpu", "expect_processes", "check",
+    "debug",
+)  # fmt: skip
 FLAGS = HINTS | {"config": str | None, "print_config": bool}
 # What a flag without a value means.
 BARE_FLAGS = {"mixed_precision": "auto", "grad_clip": "1.0"} | {n: "true" for n, hint in FLAGS.items() if hint is bool}

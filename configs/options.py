@@ -177,6 +177,10 @@ class RunOptions:
     """Push the best model to the Hugging Face hub at the end."""
     hub_model_id: str | None = None
     """Repository to push to, `user/name`."""
+    use_multigpu: bool = False
+    """With plain python: start again by `accelerate launch`, a process for each visible GPU."""
+    expect_processes: int | None = None
+    """Stop where the launcher has started another number of processes."""
     check: bool = False
     """Try out all that this run needs (a step, a checkpoint, space, data, logins), then stop; no run is begun."""
     debug: bool = False
@@ -193,7 +197,7 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
         at_least = {
             1: ("epochs", "max_steps", "batch_size", "micro_batch_size", "decay_epochs", "cpu_threads", "log_every",
                 "save_every_steps", "keep_last", "patience", "stop_after_steps", "image_size", "shuffle_buffer",
-                "num_classes"),
+                "num_classes", "expect_processes"),
             0: ("warmup_steps", "keep_best", "num_workers", "min_delta", "mixup", "cutmix", "weight_decay", "seed",
                 "split_seed", "mix_off_epoch", "lr", "label_smoothing", "ema_decay", "random_erasing", "dropout",
                 "momentum", "decay_factor", "max_bad_fraction", "max_nonfinite"),

@@ -14,6 +14,10 @@ from trainer import signals  # nor does this
 
 def main(argv: list[str]) -> int:
     config = parse(argv)
+    if config.use_multigpu and "WORLD_SIZE" not in os.environ:
+        from scripts.multi_gpu import start_on_all_gpus
+
+        start_on_all_gpus(argv)
     with signals.noted():  # before the long imports: a signal is answered from here on
         from scripts.report import fail
 

@@ -203,8 +203,8 @@ def test_two_processes_compute_what_one_does(tmp_path):
     )
     common = [*flags.split(), "--output_dir", str(tmp_path), "--experiment_name"]
     run_script("train.py", *common, "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch(*torchrun, "scripts/train.py", *common, "two", ACCELERATE_USE_CPU="true")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_2.yaml"]
+    launch(*launcher, "scripts/train.py", *common, "two", ACCELERATE_USE_CPU="true")
     assert json.loads((tmp_path / "two" / "env.json").read_text())["processes"] == 2
     assert (tmp_path / "one" / "samples.jsonl").read_text() == (tmp_path / "two" / "samples.jsonl").read_text()
     for one, two in zip(lines_of(tmp_path / "one", "train"), lines_of(tmp_path / "two", "train")):

@@ -15,6 +15,12 @@ from configs.options import Config
 
 def make_accelerator(config: Config) -> Accelerator:
     """CUDA, MPS or CPU, whichever is there. Raises ConfigError for a precision or launch that cannot work."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes"):
+            raise ConfigError(
+                f"the launcher asks for {name}, which this trainer does not know; without a GPU it would be DDP",
+                fix="accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes N scripts/train.py",
+            )
     no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     use_cpu = no_gpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     precision: str | None = config.mixed_precision
@@ -39,7 +45,12 @@ def make_accelerator(config: Config) -> Accelerator:
         raise ConfigError(
             f"the launcher started {started} processes, but they do not know each other "
             f"(each sees {accelerator.num_processes})",
-            fix="without GPUs: ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 scripts/train.py",
+            fix="without GPUs: accelerate launch --config_file accelerate_configs/cpu_2.yaml scripts/train.py",
+        )
+    if config.expect_processes not in (None, started):
+        raise ConfigError(
+            f"--expect_processes {config.expect_processes}, but the launcher started {started}",
+            fix="see `Several processes` in the README: some ways to start several start one",
         )
     return accelerator
 

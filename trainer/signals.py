@@ -17,7 +17,9 @@ from types import FrameType
 STOPS = ("SIGTERM", "SIGINT", "SIGUSR1")
 LAUNCHER_GONE = "the launcher has gone"
 REASONS = (*STOPS, LAUNCHER_GONE)
-LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate")
+LAUNCHERS = (
+    "torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "accelerate.commands.launch",
+)  # fmt: skip
 
 
 class Preempted(BaseException):

@@ -1,0 +1,121 @@
+"""What the launcher's files really start, and what is refused because it would silently start something else."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from configs.arguments import make_config
+from configs.errors import ConfigError
+from scripts.multi_gpu import start_on_all_gpus
+from tests.conftest import ROOT
+from trainer.device import make_accelerator
+
+FILES = ROOT / "accelerate_configs"
+# Each process tells what it is, and what all of them are together.
+PROBE = """
+import json, os, sys
+sys.path.insert(0, {root!r})
+import torch
+from configs.arguments import make_config
+from trainer.device import make_accelerator
+accelerator = make_accelerator(make_config())
+together = accelerator.reduce(torch.ones(()), "sum").item()
+found = [accelerator.process_index, accelerator.num_processes, together, accelerator.mixed_precision]
+with open({folder!r} + "/" + os.environ.get("RANK", "0"), "w") as file:
+    json.dump([*found, accelerator.device.type, os.environ.get("CUDA_VISIBLE_DEVICES")], file)
+accelerator.end_training()
+"""
+
+
+def start(file: str, folder: Path, *flags: str) -> subprocess.Popen[str]:
+    """accelerate launch, with no GPU to be found, of the probe."""
+    probe = folder / "probe.py"
+    probe.write_text(PROBE.format(root=str(ROOT), folder=str(folder)))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FILES / f"{file}.yaml"), *flags]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    return subprocess.Popen(
+        [*launch, str(probe)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def found(folder: Path) -> list[list]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("[0-9]*"))]
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "processes", "gpus"),
+    [
+        ("cpu", [], 1, None),
+        ("cpu_2", [], 2, None),
+        ("single_gpu", [], 1, "0"),
+        ("ddp", ["--num_processes", "2"], 2, None),
+    ],
+)
+def test_a_launch_file_starts_what_it_says(tmp_path, monkeypatch, file, flags, processes, gpus):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    done = start(file, tmp_path, *flags)
+    said, _ = done.communicate(timeout=120)
+    assert done.returncode == 0, said
+    assert found(tmp_path) == [[r, processes, processes, "no", "cpu", gpus] for r in range(processes)]
+
+
+def test_two_machines_compute_together(tmp_path):
+    """Two launchers of this machine, each with one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    there = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    nodes = [start("multi_node", tmp_path, *there, "--machine_rank", str(rank)) for rank in (0, 1)]
+    said = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert [line[:3] for line in found(tmp_path)] == [[0, 2, 2], [1, 2, 2]]
+
+
+def test_a_plain_command_starts_a_process_for_each_gpu(tmp_path):
+    """Two GPUs are seen where there are none: their processes then find the CPU."""
+    two_gpus = (
+        "import sys, torch; torch.cuda.device_count = lambda: 2; from scripts.train import main; main(sys.argv[1:])"
+    )
+    flags = "--use_multigpu --expect_processes 2 --max_steps 2 --batch_size 8 --log_every 1 --experiment_name x".split()
+    command = [sys.executable, "-c", two_gpus, *flags, "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es) x 1 x 4" in done.stdout
+    assert json.loads((tmp_path / "x" / "env.json").read_text())["processes"] == 2
+
+
+def test_where_one_gpu_or_none_is_seen_the_process_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(os, "execv", None)
+    for gpus, words in [(0, "no GPU"), (1, "1 GPU")]:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        start_on_all_gpus([])
+        assert f"note      --use_multigpu: {words} is visible, one process trains" in capsys.readouterr().out
+
+
+def test_another_number_of_processes_than_expected_is_refused():
+    with pytest.raises(ConfigError, match="--expect_processes 2, but the launcher started 1"):
+        make_accelerator(make_config(expect_processes=2))
+    make_accelerator(make_config(expect_processes=1))
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_what_would_silently_be_something_else_is_refused(monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ConfigError, match=f"the launcher asks for {name}"):
+        make_accelerator(make_config())
+
+
+def test_every_launch_file_is_tested_and_in_the_readme():
+    names = {path.stem for path in FILES.glob("*.yaml")}
+    assert names == {"cpu", "cpu_2", "single_gpu", "ddp", "multi_node"}
+    assert all(f"`{name}.yaml`" in (ROOT / "README.md").read_text() for name in names)
+    assert all(yaml.safe_load((FILES / f"{name}.yaml").read_text())["mixed_precision"] == "no" for name in names)
