@@ -79,12 +79,15 @@ class Session:
     def saves(self) -> bool:
         return any(map(self.wrote, (self.run / "checkpoints").glob(".step_*")))
 
+    def steps(self) -> int:
+        """The last step that is written down."""
+        with suppress(FileNotFoundError):
+            lines = (self.run / "samples.jsonl").read_text().splitlines(keepends=True)
+            return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+        return 0
+
     def has_done(self, steps: int) -> bool:
-        if not self.wrote(self.run / "status.json"):
-            return False
-        lines = (self.run / "samples.jsonl").read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        return bool(whole) and json.loads(whole[-1])["step"] >= self.step + steps
+        return self.wrote(self.run / "status.json") and self.steps() >= self.step + steps
 
     def reaches(self, phase: str, draw: random.Random) -> bool:
         """Wait for a moment of the phase; False where the run ended before."""
@@ -135,8 +138,10 @@ def signalled(number: int, *, to: str) -> Disturbance:
             os.kill(session.process_of(int(to[-1])), number)
         else:
             session.process.send_signal(number)
+        before = session.steps()
         orphaned = number == signal.SIGKILL
         assert session.ended(ORPHAN_SECONDS if orphaned else ANSWER_SECONDS), f"no end; {session.living().keys()} live"
+        assert session.steps() <= before + 15, "it went on training"
         began = session.wrote(session.run / "status.json")
         if began and status(session.run)["state"] == "done":
             return  # it came after the last step

@@ -95,6 +95,13 @@ def test_a_roll_back_passes_over_all_since_the_last_checkpoint(tmp_path):
     assert steps == [1, 4, 8]
 
 
+def test_a_save_by_the_clock_is_none_to_roll_back_to(tmp_path):
+    """Else the weights would depend on how fast the machine is."""
+    trainer = trainer_of(tmp_path, nonfinite="rollback", save_every_minutes=1e-9)
+    trainer.train()
+    torch.testing.assert_close(weights(trainer), by_hand([1, 2, 3, 4, 7, 8, 9, 10]))
+
+
 def test_a_roll_back_before_the_first_save_goes_to_the_start(tmp_path):
     trainer = trainer_of(tmp_path, nonfinite="rollback", save_every_steps=None)
     trainer.train()

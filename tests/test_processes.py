@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from configs.errors import UserError
 from tests.conftest import ROOT
+from trainer import processes
 
 # A fault from outside: a script that changes one process of the real command, and then is that command.
 DRIVER = """
@@ -102,3 +105,12 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_both_at_its_step(tmp_pat
     status = json.loads((tmp_path / "x" / "status.json").read_text())
     assert (status["state"], status["step"]) == ("diverged", 21)
     assert sum(line.startswith(("error", "[process")) for line in ours(done.stderr)) == 1
+
+
+def test_what_the_main_process_raises_the_others_raise_without_doing_its_work(monkeypatch):
+    fault = UserError("the disk is full")
+    monkeypatch.setattr(processes, "broadcast_object_list", lambda values: [None, fault])
+    other = processes.Processes.__new__(processes.Processes)
+    other.number, other.accelerator = 2, SimpleNamespace(is_main_process=False)
+    with pytest.raises(UserError, match="the disk is full"):
+        other.from_main(lambda: pytest.fail("this is the main process's work"))

@@ -329,6 +329,15 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
     assert saved == [[5, 10], [5, 7, 10]]
 
 
+def test_trackers_go_on_with_the_same_run(tmp_path, monkeypatch):
+    ids = []
+    monkeypatch.setattr(starting, "open_trackers", lambda config, path, run_id: ids.append(run_id) or [])
+    started(tmp_path, stop_after_steps=1).train()
+    started(tmp_path).train()
+    started(tmp_path, experiment_name="other").train()
+    assert ids[0] == ids[1] != ids[2]
+
+
 def test_the_wait_for_saves_is_logged(tmp_path):
     trainer = started(tmp_path)
     trainer.train()
