@@ -74,6 +74,18 @@ def test_a_run_stops_before_the_update_and_saves_nothing_of_it(tmp_path, value):
     assert [folder.name for folder in checkpoint.all_checkpoints(trainer.run.checkpoints)] == ["step_00000004"]
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_though_its_gradients_are(tmp_path):
+    class Odd(MainTrainer):
+        def forward_pass(self, batch):
+            losses, predictions = super().forward_pass(batch)
+            return losses + (math.inf if self.state.step == 2 else 0.0), predictions
+
+    trainer = tiny_trainer(tmp_path, tiny_batches([4] * 10), trainer=Odd, **PLAIN)
+    with pytest.raises(Diverged, match="loss is inf at step 3 "):
+        trainer.train()
+    torch.testing.assert_close(weights(trainer), by_hand([1, 2]))
+
+
 def test_a_skipped_step_changes_no_weight(tmp_path, capsys):
     trainer = trainer_of(tmp_path, nonfinite="skip")
     assert trainer.train()["state"] == "done"

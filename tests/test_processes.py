@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from configs.errors import UserError
+from scripts.report import told
 from tests.conftest import ROOT
 from trainer import processes
 
@@ -114,3 +115,27 @@ def test_what_the_main_process_raises_the_others_raise_without_doing_its_work(mo
     other.number, other.accelerator = 2, SimpleNamespace(is_main_process=False)
     with pytest.raises(UserError, match="the disk is full"):
         other.from_main(lambda: pytest.fail("this is the main process's work"))
+
+
+def test_a_process_that_met_an_error_waits_for_no_thread():
+    """Its end is what the others notice; a library's thread must not put it off."""
+    code = """
+import sys, threading, time
+from scripts import session, train
+threading.Thread(target=time.sleep, args=(60,)).start()
+def boom(config): raise ValueError("boom")
+session.run = boom
+sys.exit(train.main([]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT, env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=50, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ValueError: boom")
+
+
+def test_the_end_of_another_process_is_no_error_of_this_one():
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:29500")
+    assert told(error).what == "this process stops, since another one has ended"
+    assert told(RuntimeError("boom")).what == "RuntimeError: boom"
