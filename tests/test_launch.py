@@ -117,5 +117,5 @@ def test_what_would_silently_be_something_else_is_refused(monkeypatch, name):
 def test_every_launch_file_is_tested_and_in_the_readme():
     names = {path.stem for path in FILES.glob("*.yaml")}
     assert names == {"cpu", "cpu_2", "single_gpu", "ddp", "multi_node"}
-    assert all(f"`{name}.yaml`" in (ROOT / "README.md").read_text() for name in names)
+    assert all(f"| `{name}.yaml" in (ROOT / "README.md").read_text() for name in names)
     assert all(yaml.safe_load((FILES / f"{name}.yaml").read_text())["mixed_precision"] == "no" for name in names)
