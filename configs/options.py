@@ -119,6 +119,8 @@ class OptimOptions:
     """Epochs between two decays of step; evaluations without improvement before one of plateau."""
     label_smoothing: float = 0.0
     """Share of each label spread evenly over all classes."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of weights and sums; float64 is for comparing runs, and slow."""
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = None
     """Default: what the launcher says. The bare flag (auto) means fp16 on CUDA and bf16 elsewhere."""
 

@@ -7,6 +7,10 @@ import sys
 from typing import Any
 
 import numpy as np
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torchvision.ops import StochasticDepth
 
 from configs.options import Config
 from data.balance import effective_counts, rare_classes, repeats
@@ -73,6 +77,8 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
         f"{accelerator.num_processes} process(es) x {accumulated} x {micro}"
         + (f"; {dropped} samples sit out each epoch" if dropped else "")
     )
+    if named := made_of_what_is_computed_at_once(trainer.plain_model):
+        print(f"          {named}: the {micro} images computed at once are part of the result")
     print(
         f"          {config.optimizer}, lr {config.lr:g}, {config.scheduler}"
         + (f", ema {config.ema_decay:g}" if trainer.ema else "")
@@ -84,6 +90,13 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     for line in lines:
         print(f"note      {line}")
     print(flush=True)
+
+
+def made_of_what_is_computed_at_once(model: nn.Module) -> str:
+    """What in the model makes its result depend on --micro_batch_size, though not on the number of processes."""
+    batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
+    dropout = any(isinstance(module, (_DropoutNd, StochasticDepth)) and module.p for module in model.modules())
+    return " and ".join(["BatchNorm"] * batch_norm + ["dropout"] * dropout)
 
 
 def left_out_each_epoch(train_loader: Any, batch_size: int) -> int:

@@ -67,7 +67,7 @@ def build_model(config: Config, data: Data) -> BaseModel:
     )
     if config.weights:
         load_weights_into(model, config.weights)
-    return model
+    return model.double() if config.dtype == "float64" else model
 
 
 def build_trainer(config: Config, adapt: Adapt = lambda task: task) -> tuple[BaseTrainer, Data, list[str]]:

@@ -114,6 +114,11 @@ def test_what_would_silently_be_something_else_is_refused(monkeypatch, name):
         make_accelerator(make_config())
 
 
+def test_double_precision_is_refused_beside_a_lower_one():
+    with pytest.raises(ConfigError, match="--dtype float64 cannot be had with --mixed_precision bf16"):
+        make_accelerator(make_config(dtype="float64", mixed_precision="bf16"))
+
+
 def test_every_launch_file_is_tested_and_in_the_readme():
     names = {path.stem for path in FILES.glob("*.yaml")}
     assert names == {"cpu", "cpu_2", "single_gpu", "ddp", "multi_node"}

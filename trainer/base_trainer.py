@@ -23,6 +23,7 @@ from configs.options import Config
 from data.order import Use, mix, seed_device
 from trainer import checkpoint, reporting, run_folder, saving, signals, starting
 from trainer.bad_samples import BadSamples, ReportingLoader
+from trainer.batch_statistics import BatchStatistics
 from trainer.device import make_accelerator, moved_ahead
 from trainer.ema import WeightAverage
 from trainer.losses import Criterion, Losses, Weights, loss_names, total
@@ -90,6 +91,7 @@ class BaseTrainer(ABC):
         self.bad_samples = BadSamples(self.run, config.max_bad_fraction, self.processes.gather_lines)
         self.meter = Meter(self.hits, self.reduce, finite_only=config.nonfinite != "stop")
         self.nonfinite = NonFinite(self)
+        self.batch_statistics = BatchStatistics(self.plain_model, self.reduce)
         self.saver = saving.Saver(self)
         self.window = NO_WINDOW
         self.lr = 0.0
@@ -324,6 +326,7 @@ class BaseTrainer(ABC):
         """Each micro-batch on the device, with the generators seeded by its place, ready for `optimize`."""
         self.window = window
         self.nonfinite.begin_step()
+        self.batch_statistics.begin_step(window)
         offset = self.accelerator.process_index * self.batch_share
         for number, batch in enumerate(window.batches):
             window.number = number
@@ -355,6 +358,7 @@ class BaseTrainer(ABC):
             loss = loss * (window.counts[window.number] * self.processes.number / window.total)
         loss = self.nonfinite.looked_at(loss)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        self.batch_statistics.after_micro_batch(window)
         if not window.is_last:
             return
         if self.scaler is not None:

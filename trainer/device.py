@@ -32,6 +32,9 @@ def make_accelerator(config: Config) -> Accelerator:
             "--mixed_precision fp16 needs a GPU, and none is used (on a CPU it would silently train in float32)",
             fix="take --mixed_precision bf16 or no",
         )
+    if config.dtype == "float64" and (wanted != "no" or not (use_cpu or torch.cuda.is_available())):
+        where = f"with --mixed_precision {wanted}" if wanted != "no" else "on MPS"
+        raise ConfigError(f"--dtype float64 cannot be had {where}", fix="take --mixed_precision no, and a CPU or CUDA")
     if wanted == "bf16" and torch.cuda.is_available() and not use_cpu and not torch.cuda.is_bf16_supported():
         raise ConfigError(
             f"{torch.cuda.get_device_name()} cannot compute in bf16", fix="take --mixed_precision fp16 or no"

@@ -1,0 +1,107 @@
+"""How many processes and micro-batches compute a step changes nothing: the reference is one process.
+
+Whole runs are compared in float64: in float32 last bits grow from step to step, whatever the framework.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, lines_of
+from trainer import checkpoint
+
+# learning rate, averages, clipping, mixing and augmentation at work; plain gradient descent hides no scale
+OPTIONS = (
+    "--batch_size 32 --optimizer sgd --lr 0.05 --warmup_steps 5 --grad_clip 2 --ema_decay 0.9 --mixup 0.2 --cutmix 1 "
+    "--augment trivialaugment --cpu_threads 1 --log_every 10 --trace_samples"
+).split()
+ANY_CUT = ["--model", "simple_cnn", "--dropout", "0"]  # nothing in it depends on what is computed at once
+WHOLE = "--dtype float64 --max_steps 200 --save_every_steps 90".split()
+BATCH_NORM = ["--model", "bn_net", "--dropout", "0.2", "--micro_batch_size", "8"]
+
+
+def train(folder: Path, name: str, *flags: str, processes: int = 1) -> Path:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), "tests/bn_net.py", *OPTIONS, *flags]
+    done = subprocess.run(
+        [*command, "--output_dir", str(folder), "--experiment_name", name, "--expect_processes", str(processes)],
+        cwd=ROOT, env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode in (0, 1 if processes > 1 else 75), done.stderr  # a launcher tells a stop by 1
+    return folder / name
+
+
+def apart(one: Path, other: Path, file: str) -> float:
+    """The norm of the difference of all tensors, relative to their norm."""
+    first, second = (
+        torch.cat([t.double().flatten() for _, t in sorted(load_file(newest / file).items())])
+        for newest in (checkpoint.all_checkpoints(run / "checkpoints")[-1] for run in (one, other))
+    )
+    return float((first - second).norm() / first.norm())
+
+
+def check_alike(one: Path, other: Path, within: float) -> None:
+    assert apart(one, other, "model.safetensors") <= within
+    assert apart(one, other, "ema.safetensors") <= within
+    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    first, second = lines_of(one), lines_of(other)
+    assert len(first) == len(second) > 1
+    for line, same in zip(first, second):
+        assert line.pop("kind") == same.pop("kind")
+        assert line == pytest.approx(same, rel=1e-5, abs=1e-7)  # sums of losses are float32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("scale")
+
+
+@pytest.fixture(scope="module")
+def batch_norm(folder) -> Path:
+    return train(folder, "batch_norm", *BATCH_NORM, *WHOLE)
+
+
+@pytest.fixture(scope="module")
+def any_cut(folder) -> Path:
+    return train(folder, "any_cut", *ANY_CUT, *WHOLE)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_at_one_micro_batch_size_the_processes_change_nothing(folder, batch_norm, processes):
+    """With dropout, MixUp, CutMix and BatchNorm."""
+    check_alike(batch_norm, train(folder, f"batch_norm_{processes}", *BATCH_NORM, *WHOLE, processes=processes), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("processes", "micro"),
+    [(1, 8), (2, 4), pytest.param(2, 16, marks=pytest.mark.long), pytest.param(4, 8, marks=pytest.mark.long)],
+)
+def test_a_model_without_batch_statistics_and_dropout_may_be_cut_anyhow(folder, any_cut, processes, micro):
+    """1x8x4, 2x4x4, 2x16 and 4x8 against 1x32 (processes x micro-batch x accumulation)."""
+    flags = [*ANY_CUT, *WHOLE, "--micro_batch_size", str(micro)]
+    check_alike(any_cut, train(folder, f"any_cut_{processes}x{micro}", *flags, processes=processes), 1e-9)
+
+
+@pytest.mark.parametrize(("processes", "micro"), [(2, 4), pytest.param(4, 8, marks=pytest.mark.long)])
+def test_a_step_in_float32_is_the_same_to_its_last_digits(folder, processes, micro):
+    flags = [*ANY_CUT, "--max_steps", "1", "--warmup_steps", "0"]
+    one = train(folder, f"step_{processes}", *flags)
+    other = train(folder, f"step_{processes}x{micro}", *flags, "--micro_batch_size", str(micro), processes=processes)
+    assert 0 < apart(one, other, "model.safetensors") <= 1e-6
+
+
+@pytest.mark.parametrize("course", [(1, 2, 1), pytest.param((1, 2, 4, 1), marks=pytest.mark.long)])
+def test_a_run_goes_on_with_another_number_of_processes(folder, batch_norm, course):
+    name = "course_" + "_".join(map(str, course))
+    for number, processes in enumerate(course):
+        stop = ["--stop_after_steps", "60"] if number < len(course) - 1 else []
+        run = train(folder, name, *BATCH_NORM, *WHOLE, *stop, processes=processes)
+    check_alike(batch_norm, run, 1e-9)
