@@ -154,4 +154,6 @@ def replace_file(path: Path, write: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     write(partial)
     partial.chmod(0o644)  # safetensors makes files that only their owner can read
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())  # or a power cut may leave the new name with no content
     os.replace(partial, path)

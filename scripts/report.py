@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any, TextIO
 
 from configs.errors import ConfigError, UserError
 from configs.secrets import hide_secrets
@@ -14,6 +15,25 @@ from configs.secrets import hide_secrets
 ROOT = Path(__file__).resolve().parent.parent
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def outlive_readers() -> None:
+    """What reads our output may end first, as `tee` does by the same Ctrl-C: then the rest is said to nobody."""
+    for stream in (sys.stdout, sys.stderr):
+        for name in ("write", "flush"):
+            setattr(stream, name, unless_closed(getattr(stream, name), stream))
+
+
+def unless_closed(method: Any, stream: TextIO) -> Any:
+    def call(*given: Any) -> Any:
+        try:
+            return method(*given)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+    return call
 
 
 def block(error: BaseException) -> tuple[str, int]:
@@ -70,7 +90,7 @@ def fail(error: Exception, *, debug: bool) -> int:
     text, code = block(error)
     text = hide_secrets(text)  # the hub answers by signed addresses, which errors of the network repeat
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or not met_by_all(error):
+    if rank == "0" or not (met_by_all(error) or is_of_another_process(error)):
         print(text if rank == "0" else f"[process {rank}] {text}", file=sys.stderr, flush=True)
     return code
 

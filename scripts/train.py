@@ -19,8 +19,9 @@ def main(argv: list[str]) -> int:
 
         start_on_all_gpus(argv)
     with signals.noted():  # before the long imports: a signal is answered from here on
-        from scripts.report import fail
+        from scripts.report import fail, outlive_readers
 
+        outlive_readers()
         try:
             from scripts.session import run
 
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> int:
         except Exception as error:
             code = fail(error, debug=config.debug)
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                sys.stdout.flush()
                 os._exit(code)  # at once: the others wait for this process, and its end is what they notice
             return code
 

@@ -17,6 +17,7 @@ from tests.conftest import lines_of, run_script
 from tests.tiny import TinyNet, tiny_batches, tiny_trainer, weights
 from trainer import checkpoint
 from trainer.main_trainer import MainTrainer
+from trainer.nonfinite import NonFinite
 
 BAD_STEP = 6
 PLAIN = {"batch_size": 4, "optimizer": "sgd", "momentum": 0.0, "lr": 0.1, "log_every": 4, "save_every_steps": 4}
@@ -121,7 +122,7 @@ def test_a_roll_back_before_the_first_save_goes_to_the_start(tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
-@pytest.mark.parametrize("stop", [5, 6, 7])
+@pytest.mark.parametrize("stop", [4, 5, 6, 7])
 def test_a_resumed_run_knows_what_it_skipped(tmp_path, policy, stop):
     """A stop after step 5 saves there, beside step 4, which a roll back needs."""
     options = {"nonfinite": policy, "ema_decay": 0.9, "optimizer": "adamw", "max_nonfinite": 1, "lr": 0.01}
@@ -203,6 +204,37 @@ def test_told_by_a_tensor_the_optimizers_do_the_same(tmp_path, optimizer):
     with pytest.raises(Diverged, match=f"loss is nan at step {BAD_STEP} "):
         stopped.train()
     assert weights(stopped).isfinite().all()
+
+
+def test_averages_of_running_statistics_take_in_no_bad_batch(tmp_path):
+    options = PLAIN | {"nonfinite": "skip", "ema_decay": 0.9}
+    trainer = tiny_trainer(tmp_path, batches_with(math.nan), model=BatchNormNet(), experiment_name="x", **options)
+    assert trainer.train()["state"] == "done"
+    for folder in checkpoint.all_checkpoints(trainer.run.checkpoints):
+        assert all(value.isfinite().all() for value in load_file(folder / "ema.safetensors").values())
+
+
+@pytest.mark.parametrize("micro", [2, 4])
+def test_beside_a_loss_scaler_the_losses_of_all_micro_batches_are_looked_at(tmp_path, micro):
+    """BAD_STEP's second sample is spoilt, in its first micro-batch. fp16's scaler, run on a CPU."""
+    options = PLAIN | {"nonfinite": "skip", "micro_batch_size": micro, "experiment_name": "x"}
+    batches = [
+        pair for images, labels in batches_with(math.nan) for pair in zip(images.split(micro), labels.split(micro))
+    ]
+    trainer = tiny_trainer(tmp_path, batches, **options)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    trainer.nonfinite = NonFinite(trainer)
+    trainer.train()
+    assert trainer.state.nonfinite_steps == 1
+    assert [line["step"] for line in lines_of(trainer.run.path, "nonfinite")] == [BAD_STEP]
+    torch.testing.assert_close(weights(trainer), by_hand([1, 2, 3, 4, 5, 7, 8, 9, 10]))
+
+
+def test_an_average_that_is_not_finite_is_never_saved(tmp_path):
+    trainer = trainer_of(tmp_path, 0.0, ema_decay=0.9)
+    next(iter(trainer.ema.average.values())).fill_(math.nan)
+    with pytest.raises(Diverged, match="the average of .* is not finite"):
+        trainer.train()
 
 
 def test_a_weight_that_is_not_finite_is_never_saved(tmp_path):

@@ -234,6 +234,30 @@ def test_going_back_sets_the_later_checkpoints_aside(tmp_path):
     assert started(tmp_path, epochs=4).state.step == 5
 
 
+def test_going_back_takes_the_best_model_back_as_well(tmp_path):
+    """The later course was better; this one never is."""
+    options = {"epochs": 4, "monitor": "loss", "monitor_mode": "min", "keep_last": 9}
+    trainer = started(tmp_path, **options)
+    trainer.train()
+    path, later = trainer.run.path, trainer.state.monitor.best_step
+    assert later > 2
+    step_2 = path / "checkpoints" / "step_00000002"
+    back = started(tmp_path, experiment_name=None, resume=str(step_2), stop_after_steps=1, **options)
+    back.train()
+    assert back.state.monitor.best_step == 2
+    assert (path / "best" / "model.safetensors").read_bytes() == (step_2 / "model.safetensors").read_bytes()
+    assert "after 2 steps" in (path / "best" / "README.md").read_text()
+    assert f"after {later} steps" in (path / "set_aside_best" / "README.md").read_text()
+
+
+def test_a_cut_off_config_lets_no_other_options_in(tmp_path):
+    trainer = started(tmp_path)
+    trainer.train()
+    (trainer.run.path / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match="--batch_size was 32, now 8"):
+        started(tmp_path)
+
+
 def test_a_long_output_dir_with_spaces_can_be_continued(tmp_path):
     folder = tmp_path / "a quite long folder name with spaces in it" / "and another folder with more spaces in it too"
     started(folder, stop_after_steps=2).train()
@@ -458,3 +482,13 @@ def test_a_stop_that_cannot_be_saved_is_told_as_a_failure(tmp_path, monkeypatch)
     with pytest.raises(UserError, match="step 1 could not be written"):
         trainer.train()
     assert json.loads((tmp_path / "x" / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_status_that_names_a_secret_address_can_still_be_read(tmp_path):
+    trainer = started(tmp_path)
+    trainer.train()
+    trainer.run.status("failed", reason="403 for url: https://host/file?X-Amz-Signature=abcdef0123456789")
+    status = trainer.run.read_status()
+    assert status["state"] == "failed"
+    assert status["reason"].startswith("403 for url: https://host/file")
+    assert "abcdef0123456789" not in status["reason"]

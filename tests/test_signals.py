@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -61,6 +62,28 @@ def test_a_run_that_got_a_signal_goes_on_as_if_nothing_had_been(tmp_path, when, 
     assert torch.equal(weights(back), weights(whole))
     assert all(torch.equal(back.ema.average[name], value) for name, value in whole.ema.average.items())
     assert lines_of(back.run.path) == lines_of(whole.run.path)
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGTERM])
+def test_a_run_outlives_what_reads_its_output(tmp_path, number):
+    """As when Ctrl-C ends `tee` as well."""
+    flags = ["--output_dir", tmp_path, "--experiment_name", "x", "--epochs", "2" if number is None else "500"]
+    run = subprocess.Popen(
+        [sys.executable, "scripts/train.py", *map(str, flags)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert run.stdout.readline()
+    run.stdout.close()
+    while number and not (tmp_path / "x" / "checkpoints" / "step_00000044").exists():
+        assert run.poll() is None
+        time.sleep(0.05)
+    if number:
+        run.send_signal(number)
+    assert run.wait(90) == (75 if number else 0)
+    status = json.loads((tmp_path / "x" / "status.json").read_text())
+    assert status["state"] == ("preempted" if number else "done")
 
 
 def test_training_works_in_a_thread(tmp_path):

@@ -165,8 +165,11 @@ class BaseTrainer(ABC):
         if self.finished:
             return self.already_done()
         starting.open_run(self)
+        patience = STOPPED_SECONDS
         try:
-            return self.leave(*self.train_epochs())
+            result = self.leave(*self.train_epochs())
+            patience = FINISH_SECONDS if result["state"] == "done" else STOPPED_SECONDS
+            return result
         except BaseException as error:
             if not isinstance(error, UserError):
                 error.add_note(self.where_it_is())
@@ -177,7 +180,7 @@ class BaseTrainer(ABC):
         finally:
             self.saver.close()
             for tracker in self.trackers:
-                tracker.finish(self.run.best, seconds=STOPPED_SECONDS if signals.stop_reason() else FINISH_SECONDS)
+                tracker.finish(self.run.best, seconds=patience)
             self.run.close()
 
     def train_epochs(self) -> tuple[str, str]:
@@ -366,7 +369,7 @@ class BaseTrainer(ABC):
                 self.scaler.unscale_(optimizer)
         self.grad_norm = clip_gradients(self.parameters, config.grad_clip)
         self.lr = config.lr * self.lr_factor()
-        if self.nonfinite.allows_update(loss.detach() if self.scaler is not None else self.grad_norm):
+        if self.nonfinite.allows_update(self.grad_norm):
             # the optimizers themselves: Accelerate's wrappers look for an optional package at every step, 139 us
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
@@ -403,6 +406,8 @@ class BaseTrainer(ABC):
             self.nonfinite.settle()
         if logs:
             reporting.log_step(self, bar)
+        if saves:
+            state.regular_step = state.step  # whoever saves this step
         if (self.poll() or saves) and not at_end:
             self.save_checkpoint(regular=saves)
         return stops
@@ -440,8 +445,9 @@ class BaseTrainer(ABC):
 
     def save_checkpoint(self, *, regular: bool = True) -> None:
         """Save where the run stands. regular: because the config says so, not a clock or a signal."""
+        self.nonfinite.settle()
         self.meter.read(self.state.window_sums, self.state.epoch_sums)  # raises Diverged on a loss of NaN
-        if name := saving.name_of_non_finite(self.plain_model):
+        if name := saving.name_of_non_finite(self):
             raise Diverged(f"{name} is not finite after step {self.state.step}", fix=CURE)
         reporting.share_bad_samples(self)
         if regular:

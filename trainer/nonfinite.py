@@ -32,16 +32,25 @@ class NonFinite:
         fused = all(optimizer.defaults.get("fused") for optimizer in trainer.optimizers)
         self.looks_at_once = trainer.scaler is None and (trainer.device.type != "cuda" or not fused)
         self.bad = torch.zeros(2, dtype=torch.int64, device=trainer.device)  # first bad step, how many
-        self.buffers = [buffer for buffer in trainer.plain_model.buffers() if buffer.is_floating_point()]
+        named = [(name, buffer) for name, buffer in trainer.plain_model.named_buffers() if buffer.is_floating_point()]
+        averages = trainer.ema.average if trainer.ema is not None else {}
+        self.buffers = [buffer for _, buffer in named] + [averages[name] for name, _ in named if name in averages]
         self.losses_are_finite = True
+        self.bad_loss = torch.zeros((), dtype=torch.bool, device=trainer.device)  # of this step, where a scaler is used
         self.good_buffers = [buffer.clone() for buffer in self.buffers]
+
+    @torch.no_grad()
+    def remember_buffers(self) -> None:
+        """Those of now are good, and their averages."""
+        if self.buffers:
+            torch._foreach_copy_(self.good_buffers, self.buffers)
 
     @torch.no_grad()
     def begin_step(self) -> None:
         """Before the forward: one NaN in it would stay in BatchNorm's averages for ever."""
-        self.losses_are_finite = True
-        if self.buffers and self.looks_at_once:
-            torch._foreach_copy_(self.good_buffers, self.buffers)
+        self.losses_are_finite, self.bad_loss = True, torch.zeros_like(self.bad_loss)
+        if self.looks_at_once:
+            self.remember_buffers()
 
     def looked_at(self, loss: Tensor) -> Tensor:
         """The loss of a micro-batch. Where it cannot be looked at by all processes, one that is not finite makes
@@ -49,6 +58,8 @@ class NonFinite:
         if self.looks_at_once and self.trainer.reduce is None:
             self.losses_are_finite = self.losses_are_finite and math.isfinite(loss.item())
             return loss
+        if self.trainer.scaler is not None:
+            self.bad_loss = self.bad_loss | ~loss.detach().isfinite()
         return loss * (1 + 0 * loss.detach())
 
     def allows_update(self, norm: Tensor) -> bool:
@@ -59,7 +70,11 @@ class NonFinite:
                 return True
             self.bad = torch.tensor([step, 1])
             return False
-        bad = ~norm.isfinite()
+        if self.trainer.scaler is None:
+            bad = ~norm.isfinite()
+        else:  # it lowers its scale until gradients are finite; a loss that is not is no matter of scale
+            reduce = self.trainer.reduce
+            bad = self.bad_loss if reduce is None else reduce(self.bad_loss.float()) > 0
         self.bad = torch.stack([torch.where(bad & (self.bad[0] == 0), step, self.bad[0]), self.bad[1] + bad])
         if self.trainer.scaler is None:
             for optimizer in self.trainer.optimizers:
@@ -70,8 +85,8 @@ class NonFinite:
         """Answer what was not finite since the last call. Raises Diverged where the run has to stop."""
         first, count = self.bad.tolist()
         if not count:
-            if self.buffers and not self.looks_at_once:
-                torch._foreach_copy_(self.good_buffers, self.buffers)
+            if not self.looks_at_once:
+                self.remember_buffers()
             return
         trainer, config = self.trainer, self.trainer.config
         self.bad = torch.zeros_like(self.bad)

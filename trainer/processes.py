@@ -12,8 +12,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from configs.errors import UserError
 
-Line = dict[str, Any]
-
 
 class Processes:
     """All of them call each method as often, and get the same from it."""
@@ -43,7 +41,7 @@ class Processes:
             raise error or told
         return result
 
-    def gather_lines(self, lines: list[Line]) -> list[Line]:
+    def gather_lines(self, lines: list[Any]) -> list[Any]:
         """Those of all processes; as a rule there are none, and one number is all that is exchanged."""
         if self.reduce is None or not self.reduce(torch.tensor(len(lines), device=self.accelerator.device)):
             return lines

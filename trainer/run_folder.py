@@ -30,6 +30,8 @@ MAY_CHANGE = {
     "trace_samples", "early_stopping", "patience", "test_data_dir", "max_bad_fraction", "nonfinite", "max_nonfinite",
 }  # fmt: skip
 
+LINES = ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl")
+
 
 class RunFolder:
     """Paths and files of one run. Only the main process writes."""
@@ -162,7 +164,8 @@ class RunFolder:
         """status.json: the truth about how a run ended, whatever the launcher says."""
         if self.writes and self.path.is_dir():
             with self.telling():
-                write_whole(self.path / "status.json", hide_secrets(json.dumps({"state": state, **values}, indent=1)))
+                told = {name: hide_secrets(v) if isinstance(v, str) else v for name, v in values.items()}
+                write_whole(self.path / "status.json", json.dumps({"state": state, **told}, indent=1))
 
     def read_status(self) -> dict[str, Any]:
         try:
@@ -172,12 +175,20 @@ class RunFolder:
 
     def set_back(self, step: int, evaluated_step: int) -> None:
         """Forget the lines of steps and evaluations that will be done again, and a last line that a kill cut off."""
-        for name in ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl") if self.writes else ():
+        for name in LINES if self.writes else ():
             path = self.path / name
             if path.is_file():
-                kept = [line for line in path.read_text().splitlines() if stands(line, step, evaluated_step)]
+                kept = [
+                    line for line in path.read_text(errors="replace").splitlines() if stands(line, step, evaluated_step)
+                ]
                 with self.telling():
                     write_whole(path, "".join(line + "\n" for line in kept))
+
+    def make_durable(self) -> None:
+        """What a checkpoint of now goes with: its lines, and that best/ is there."""
+        for path in (*(self.path / name for name in LINES), self.best, self.path):
+            if path.exists():
+                checkpoint.sync(path)
 
     def close(self) -> None:
         for file in (self._metrics, self._samples, self._lock):
@@ -191,6 +202,7 @@ def write_whole(path: Path, text: str) -> None:
     """Replace a small file in one step."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
+    checkpoint.sync(partial)  # or a power cut may leave the new name with no content
     os.replace(partial, path)
 
 
@@ -250,8 +262,9 @@ def find_checkpoint(config: Config, path: Path) -> tuple[Path | None, list[str]]
 
 def check_same_run(config: Config, path: Path) -> list[str]:
     """Compare with the run's own config.yaml: a line for each allowed change; ConfigError for any other."""
-    before = read_yaml(path / "config.yaml")
     now = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()}
+    begun = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(Config()).items()}
+    before = begun | read_yaml(path / "config.yaml")  # what is not in it, an option of later, was as by default
     changed = [name for name in before if before[name] != now[name] and name not in NOT_SAVED]
     refused = [name for name in changed if name not in MAY_CHANGE]
     if refused:

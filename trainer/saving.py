@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.errors import UserError
-from trainer import checkpoint
+from trainer import checkpoint, run_folder
 from trainer.model_card import model_card
 from trainer.run_folder import write_whole
 
@@ -55,15 +55,16 @@ class Saver:
         from_main, step = trainer.processes.from_main, trainer.state.step
         from_main(lambda: self.guarded(hidden, lambda: checkpoint.begin(hidden.parent, step)))
         fault = self.caught(hidden, lambda: trainer.accelerator.save_state(str(hidden)))
-        trainer.accelerator.wait_for_everyone()  # the other processes' files lie there, too
-        from_main(lambda: self.complete(hidden, state, fault))
+        faults = trainer.processes.gather_lines([fault] if fault else [])  # the others' files lie there, too
+        from_main(lambda: self.complete(hidden, state, faults))
         self.saved, self.last_save = state, time.monotonic()
         self.stall_seconds += self.last_save - start
 
-    def complete(self, hidden: Path, state: dict[str, Any], fault: UserError | None) -> None:
+    def complete(self, hidden: Path, state: dict[str, Any], faults: list[UserError]) -> None:
         """On the main process: what is ours beside Accelerate's files, then the thread."""
-        if fault:
-            raise fault
+        if faults:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise faults[0]
         self.guarded(hidden, lambda: self.write_ours(hidden, state))
         self.thread = threading.Thread(target=self.prove, args=(hidden, state), name="checkpoint")
         self.thread.start()
@@ -78,6 +79,7 @@ class Saver:
     def prove(self, hidden: Path, state: dict[str, Any]) -> None:
         """In the thread. It reads the trainer's config and paths alone."""
         try:
+            self.guarded(hidden, lambda: self.trainer.run.make_durable())
             self.guarded(hidden, lambda: checkpoint.commit(hidden))
         except UserError as error:
             self.error = error
@@ -126,7 +128,8 @@ class Saver:
             return None
         except WRITE_FAULTS as error:
             fault = cannot_write(self.trainer, f"the checkpoint of step {step_in_name(hidden)}", hidden.parent, error)
-            shutil.rmtree(hidden, ignore_errors=True)
+            if self.trainer.is_main:  # it may still be writing there
+                shutil.rmtree(hidden, ignore_errors=True)
             return fault
 
 
@@ -164,6 +167,28 @@ def save_best(trainer: BaseTrainer, metrics: dict[str, float]) -> None:
         raise cannot_write(trainer, "the best model", trainer.run.path, error) from error
 
 
+def restore_best(trainer: BaseTrainer) -> list[str]:
+    """best/ as it was at the step that a run goes back to: what came to be best later is of a course that is left."""
+    run, monitor, model = trainer.run, trainer.state.monitor, trainer.plain_model
+    if not run.best.is_dir():
+        return []
+    aside = run_folder.free_name(run.path / "set_aside_best")
+    run.best.rename(aside)
+    line = f"best/ may be of that course, too: now {aside.name}"
+    source = run.checkpoints / f"step_{monitor.best_step or 0:08d}"
+    if monitor.best_step is None or monitor.best is None or checkpoint.fault(source):
+        return [line]
+    part = "Validation" if trainer.val_loader is not None else "Training"
+    metrics = {trainer.config.monitor: monitor.best}
+    run.best.mkdir()
+    shutil.copyfile(source / "config.json", run.best / "config.json")
+    card = model_card(trainer.config, model.config(), metrics, monitor.best_step, part)
+    write_whole(run.best / "README.md", card)
+    weights = "ema.safetensors" if trainer.ema is not None else "model.safetensors"
+    shutil.copyfile(source / weights, run.best / "model.safetensors")
+    return [f"{line}; best/ is that of step {monitor.best_step} again"]
+
+
 def load_checkpoint(trainer: BaseTrainer, folder: Path) -> None:
     """Weights, optimizer and averages of a checkpoint. Raises UserError where one of them is not there."""
     wanted = ["model.safetensors", *(["scaler.pt"] if trainer.scaler is not None else [])]
@@ -185,11 +210,14 @@ def load_checkpoint(trainer: BaseTrainer, folder: Path) -> None:
             where=str(folder),
             fix="continue with the model and optimizer that the run was begun with",
         ) from error
+    trainer.nonfinite.remember_buffers()
 
 
-def name_of_non_finite(model: nn.Module) -> str:
-    """The first weight or buffer that must not be saved; "" where all are finite."""
-    tensors = model.state_dict().items()
+def name_of_non_finite(trainer: BaseTrainer) -> str:
+    """The first weight, buffer or average that must not be saved; "" where all are finite."""
+    tensors = [*trainer.plain_model.state_dict().items()]
+    if trainer.ema is not None:
+        tensors += [(f"the average of {name}", tensor) for name, tensor in trainer.ema.average.items()]
     return next((name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()), "")
 
 

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -82,7 +82,8 @@ def _note(number: int, frame: FrameType | None) -> None:
     if first and _Noted.at_once:
         raise Preempted(_Noted.signal)
     if first and os.environ.get("RANK", "0") == "0":
-        os.write(2, f"\n{_Noted.signal}: saving after this step, then stopping\n".encode())
+        with suppress(OSError):  # of a pipe whose reader got the signal, too
+            os.write(2, f"\n{_Noted.signal}: saving after this step, then stopping\n".encode())
 
 
 def launcher_of(process: int) -> int | None:

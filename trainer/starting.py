@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,8 @@ def set_threads(trainer: BaseTrainer) -> None:
     """Threads and algorithms decide the last bits: set them before anything is computed, keep them at a resume."""
     config, state = trainer.config, trainer.state
     if config.cpu_threads or not trainer.resume_from:
-        state.cpu_threads = config.cpu_threads or default_threads(trainer.processes.number)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.processes.number))
+        state.cpu_threads = config.cpu_threads or default_threads(here)
     torch.set_num_threads(state.cpu_threads)
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -78,12 +80,12 @@ def open_run(trainer: BaseTrainer) -> None:
     if from_main(lambda: run.create(only_new=unnamed and not state.step)) and trainer.is_main:
         print(f"run       {run.path}, since another run took the name")
     run.move_to(from_main(lambda: run.path))
+    if trainer.is_main:
+        left = checkpoint.set_aside(run.checkpoints, state.step)
+        print(*left, *(saving.restore_best(trainer) if left else []), sep="\n", end="\n" if left else "")
     run.set_back(state.step, state.evaluated_step)
     accelerator.wait_for_everyone()  # all read what the main process has left of it
     trainer.bad_samples.remember()
-    if trainer.is_main:
-        for line in checkpoint.set_aside(run.checkpoints, state.step):
-            print(line)
     run.open(
         config,
         run_folder.environment(
