@@ -66,7 +66,7 @@ def replay(run: Path, number: int, config: Config, processes: int | None = None)
         cut_as_by(trainer, processes)
         step, fault = run_to(trainer, number)
     show(number, step)
-    if not fault and written.stopped_at(number) and (name := name_of_non_finite(trainer.plain_model)):
+    if not fault and written.stopped_at(number) and (name := name_of_non_finite(trainer)):
         fault = f"{name} is not finite after step {number}"  # as a save would have found
     results = [*compared(written, number, step, processes), *compared_fault(written, number, fault)]
     excuses = why_bits_may_differ(written.environment, trainer, processes)

@@ -168,7 +168,7 @@ class BaseTrainer(ABC):
         patience = STOPPED_SECONDS
         try:
             result = self.leave(*self.train_epochs())
-            patience = FINISH_SECONDS if result["state"] == "done" else STOPPED_SECONDS
+            patience = STOPPED_SECONDS if result["reason"] in signals.REASONS else FINISH_SECONDS
             return result
         except BaseException as error:
             if not isinstance(error, UserError):
