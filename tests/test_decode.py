@@ -275,6 +275,7 @@ def test_small_jpegs_are_reduced_by_4_and_8_alone():
 
 
 JPEG = encoded(photograph(60, 80), "JPEG", comment=b"two words")
+CMYK = encoded(photograph(60, 80).convert("CMYK"), "JPEG")
 PLAIN_JPEGS = {
     "baseline": JPEG,
     "progressive": encoded(photograph(60, 80), "JPEG", progressive=True),
@@ -287,7 +288,8 @@ PLAIN_JPEGS = {
 OTHER_JPEGS = {
     "rotated": encoded(photograph(60, 80), "JPEG", exif=exif_of(6)),
     "rotated by XMP": encoded(photograph(60, 80), "JPEG", xmp=b'<x tiff:Orientation="6"/>'),
-    "CMYK": encoded(photograph(60, 80).convert("CMYK"), "JPEG"),
+    "CMYK": CMYK,
+    "CMYK without Adobe's segment": CMYK[: CMYK.index(b"\xff\xee")] + CMYK[CMYK.index(b"\xff\xee") + 16 :],
     "several pictures": encoded(photograph(60, 80), "MPO", save_all=True, append_images=[photograph(60, 80, seed=1)]),
     "bytes between segments": JPEG[:20] + b"\xff" + JPEG[20:],
     "a short JFIF segment": JPEG[:2] + b"\xff\xe0\0\x06JFIF" + JPEG[20:],
