@@ -7,6 +7,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from data.transforms import Transform, eval_transform, train_transform
 
 Order = TrainOrder | EvalOrder | SequentialTrainOrder | SequentialEvalOrder
 TRIES = 20  # samples in a row that may be bad before a run gives up
+PARENT_SECONDS = 5.0  # between two looks whether the process that trains lives
 
 
 class BadSample(NamedTuple):
@@ -68,7 +70,7 @@ class OrderedLoader:
             batch_sampler=self.draws,  # type: ignore[arg-type]  # of Draws, which the dataset's __getitems__ takes
             collate_fn=as_it_is,
             num_workers=num_workers,
-            worker_init_fn=outlive_a_signal,
+            worker_init_fn=partial(outlive_a_signal, os.getpid()),
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # the loader's own seed is not used: keep it from the global generator
@@ -143,17 +145,21 @@ class OrderedLoader:
         self.bad.append(BadSample(place, self.stream.name(place), reason))
 
 
-def outlive_a_signal(worker: int) -> None:
+def outlive_a_signal(parent: int, worker: int) -> None:
     """In a loader process: a signal to the whole group is left to the process that trains, which needs its loaders to
     come to a good end. SIGTERM is obeyed when it comes from there."""
     if hasattr(signal, "sigwaitinfo"):  # not on a Mac
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
-        threading.Thread(target=obey_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=obey_parent, args=(parent,), daemon=True).start()
 
 
 def obey_parent(parent: int) -> None:
-    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != parent:
-        pass
+    """End with it as well. torch's own watch asks who the parent is when the loader begins: too late for one that was
+    killed right after the fork."""
+    while os.getppid() == parent:
+        told = signal.sigtimedwait((signal.SIGTERM,), PARENT_SECONDS)
+        if told and told.si_pid == parent:
+            break
     os._exit(0)
 
 

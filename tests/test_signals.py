@@ -86,6 +86,12 @@ def test_a_run_outlives_what_reads_its_output(tmp_path, number):
     assert status["state"] == ("preempted" if number else "done")
 
 
+def test_a_loader_whose_parent_was_killed_before_it_began_ends():
+    code = "import os, time; from data.loader import outlive_a_signal; outlive_a_signal(os.getpid(), 0); time.sleep(60)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=50, check=False)
+    assert done.returncode == 0  # its parent is not the process that was named
+
+
 def test_training_works_in_a_thread(tmp_path):
     trainer = tiny_trainer(tmp_path, tiny_batches([4] * 3), batch_size=4)
     results: list[dict[str, Any]] = []
