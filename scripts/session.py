@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from data.sequential import SequentialStream
 from data.stream import Stream
 from models.summary import summarize
 from scripts import preflight
+from scripts.report import leave
 from scripts.wiring import build_trainer, device_name
 from trainer import signals
 from trainer.base_trainer import BaseTrainer
@@ -45,8 +44,7 @@ def run(config: Config) -> int:
     trainer.accelerator.end_training()
     code = EXIT_CODES[result["state"]]
     if any(tracker.failed for tracker in trainer.trackers):
-        sys.stdout.flush()
-        os._exit(code)  # one that hangs would keep the process from ending
+        leave(code)
     return code
 
 

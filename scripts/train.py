@@ -19,22 +19,22 @@ def main(argv: list[str]) -> int:
 
         start_on_all_gpus(argv)
     with signals.noted():  # before the long imports: a signal is answered from here on
-        from scripts.report import fail, outlive_readers
+        from scripts.report import fail, leave, outlive_readers
 
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         outlive_readers()
         try:
             from scripts.session import run
 
-            return run(config)
+            code = run(config)
         except signals.Preempted as stop:
             print(f"stopped by {stop.reason} before training; the same command continues", file=sys.stderr)
-            return 75
+            code = 75
         except Exception as error:
-            code = fail(error, debug=config.debug)
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                sys.stdout.flush()
-                os._exit(code)  # at once: the others wait for this process, and its end is what they notice
-            return code
+            code = fail(error, debug=config.debug)  # of several processes, the others notice it by the end of this one
+        if several:
+            leave(code)
+        return code
 
 
 if __name__ == "__main__":
