@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,22 @@ def run_script(
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet | (env or {}), cwd=cwd)
     assert done.returncode == rc, f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def exit_code_of(work: Callable[[], object]) -> int:
+    """Of a forked process that does the work; -9 where it was killed, 1 for an error, which it tells."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            signal.alarm(60)
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def lines_of(run: Path, *kinds: str) -> list[dict[str, Any]]:

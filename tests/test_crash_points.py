@@ -14,7 +14,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -26,7 +25,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import lines_of, same_run
+from tests.conftest import exit_code_of, lines_of, same_run
 from tests.tiny import tiny_batches, tiny_trainer
 from trainer import checkpoint
 from trainer.main_trainer import MainTrainer
@@ -125,22 +124,15 @@ def version(file: Path | int) -> tuple[int, ...]:
 
 def crashes(work: Callable[[], object], root: Path, at: int, *, power_fails: bool = False) -> bool:
     """Do the work in a forked process that is killed before its at-th operation; False where it ended before."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            signal.alarm(60)
-            quiet = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(quiet, 1)
-            os.dup2(quiet, 2)
-            Watch(root, at, power_fails)
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    result = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def watched() -> None:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        Watch(root, at, power_fails)
+        work()
+
+    result = exit_code_of(watched)
     assert result in (0, -signal.SIGKILL), f"the process that was to crash at operation {at} ended with {result}"
     return result != 0
 

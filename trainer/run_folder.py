@@ -125,13 +125,13 @@ class RunFolder:
                 self._samples = (self.path / "samples.jsonl").open("a", buffering=1)
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
-        """What keeps the folder from being written becomes a UserError that names it."""
+    def telling(self, what: str = "the run folder") -> Iterator[None]:
+        """What keeps it from being written becomes a UserError that names the folder."""
         try:
             yield
         except OSError as error:
             raise UserError(
-                f"cannot write the run folder: {error.strerror}",
+                f"cannot write {what}: {error.strerror}",
                 where=str(self.path),
                 fix="free some space or make it writable, or choose another --output_dir; what was saved stands",
             ) from error
@@ -151,14 +151,8 @@ class RunFolder:
                 self._write(file, {name: hide_secrets(v) if isinstance(v, str) else v for name, v in line.items()})
 
     def _write(self, file: Any, line: dict[str, Any]) -> None:
-        try:
+        with self.telling(f"a line of {Path(file.name).name}"):
             file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"a line of {Path(file.name).name} could not be written: {error.strerror}",
-                where=str(self.path),
-                fix="free some space; checkpoints stand, the same command continues from the newest",
-            ) from None
 
     def status(self, state: str, **values: Any) -> None:
         """status.json: the truth about how a run ended, whatever the launcher says."""
