@@ -23,7 +23,7 @@ from torch import nn
 from configs.errors import ConfigError, UserError
 from tests.conftest import ROOT, exit_code_of, lines_of, same_run
 from tests.tiny import TinyNet, tiny_batches, tiny_trainer
-from trainer import checkpoint
+from trainer import checkpoint, run_folder
 from trainer.main_trainer import MainTrainer
 from trainer.saving import Saver
 
@@ -278,6 +278,14 @@ def test_a_second_start_names_the_owner_and_a_killed_owner_is_followed_at_once(t
         owner.communicate()
     run_in(tmp_path).train()
     same_run(undisturbed, tmp_path / "x")
+
+
+def test_a_start_that_comes_too_late_leaves_the_lock_to_the_one_that_made_the_folder(tmp_path, monkeypatch):
+    late = run_folder.RunFolder(tmp_path / "x", writes=True)
+    (tmp_path / "x").mkdir()  # the other has not locked it yet
+    monkeypatch.setattr(late, "lock", lambda: pytest.fail("it would be the owner for a moment"))
+    with pytest.raises(ConfigError, match="another start has taken the name just now"):
+        late.create(only_new=False)
 
 
 @pytest.mark.long

@@ -95,9 +95,7 @@ class RunFolder:
                 except FileExistsError:
                     if only_new:
                         self.move_to(free_name(path))
-                    elif self.path.is_dir():
-                        self.lock()  # raises, and names the owner, where it lives
-                        self.close()
+                    elif self.path.is_dir():  # its lock is the other's to take, which may be about to
                         raise ConfigError(
                             "another start has taken the name just now",
                             where=str(self.path),
