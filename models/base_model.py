@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 
 
@@ -107,11 +107,16 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
             )
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """config.json, then model.safetensors; each appears whole, the weights last."""
-        replace_file(save_directory / "config.json", lambda file: file.write_text(json.dumps(self.config(), indent=2)))
+        self.write(save_directory)
+
+    def write(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """config.json, then model.safetensors; each appears whole, the weights last. weights: where they are not
+        the model's own."""
+        form = {"format": "pt"}
+        replace_file(folder / "config.json", lambda file: file.write_text(json.dumps(self.config(), indent=2)))
         replace_file(
-            save_directory / "model.safetensors",
-            lambda file: save_model(self, str(file), metadata={"format": "pt"}),
+            folder / "model.safetensors",
+            lambda file: save_file(weights, file, form) if weights is not None else save_model(self, str(file), form),
         )
 
     @classmethod

@@ -34,6 +34,7 @@ from scripts.wiring import build_model, build_trainer
 from trainer import checkpoint, run_folder, saving, signals, starting
 from trainer.base_trainer import BaseTrainer
 from trainer.device import make_accelerator
+from trainer.sharding import part
 from trainer.windows import as_dict, samples_in
 
 COLUMNS = 80
@@ -266,7 +267,7 @@ def differences(name: str, one: Any, other: Any) -> Iterator[str]:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8)
+    return part(tensor).detach().cpu().reshape(-1).view(torch.uint8)
 
 
 def space_found(config: Config, saved: dict[str, int], free_bytes: int) -> tuple[str, None]:

@@ -19,7 +19,7 @@ from data.stream import Stream
 from models.summary import summarize
 from scripts import preflight
 from scripts.report import leave
-from scripts.wiring import build_trainer, device_name
+from scripts.wiring import build_trainer, device_name, outline
 from trainer import signals
 from trainer.base_trainer import BaseTrainer
 
@@ -64,8 +64,9 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
         else f"{config.epochs} epochs of {trainer.steps_per_epoch:,} steps"
     )
     accumulated = -(-trainer.batch_share // micro)
+    model = outline(config, data) if trainer.sharded else trainer.plain_model
     print(f"run       {trainer.run.path}")
-    print(f"model     {config.model}: {summarize(trainer.plain_model, data.info.channels, data.image_size, micro)}")
+    print(f"model     {config.model}: {summarize(model, data.info.channels, data.image_size, micro)}")
     print(f"data      {data.name}: {sizes}; {len(data.classes)} classes")
     print(f"          {data.info.channels}x{data.image_size}x{data.image_size} pixels, augment {config.augment}")
     for line in sampling_lines(config, data):
@@ -83,7 +84,7 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     )
     print(
         f"machine   {device_name(trainer.device)}, precision {accelerator.mixed_precision}, "
-        f"{trainer.state.cpu_threads} thread(s)"
+        f"{trainer.state.cpu_threads} thread(s)" + (", the model sharded by FSDP2" if trainer.sharded else "")
     )
     for line in lines:
         print(f"note      {line}")

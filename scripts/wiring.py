@@ -70,6 +70,12 @@ def build_model(config: Config, data: Data) -> BaseModel:
     return model.double() if config.dtype == "float64" else model
 
 
+def outline(config: Config, data: Data) -> BaseModel:
+    """The model without memory, to be measured where a process has only parts of the real one."""
+    with torch.device("meta"):
+        return build_model(replace(config, weights=None), data)
+
+
 def build_trainer(config: Config, adapt: Adapt = lambda task: task) -> tuple[BaseTrainer, Data, list[str]]:
     """Everything a run needs, and lines to tell about it. adapt: makes of a task's trainer the one that is used."""
     check_names(config)

@@ -1,12 +1,18 @@
-"""scripts/train.py with a small BatchNorm network of its own: python tests/bn_net.py --model bn_net ..."""
+"""scripts/train.py with a small BatchNorm network of its own: python tests/bn_net.py --model bn_net ...
+
+With FSDP_ON_CPU=1 in the environment FSDP works without a GPU, where Accelerate would silently make DDP of it.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+from accelerate.state import DistributedType, PartialState
 from torch import Tensor, nn
 
 from models import MODELS, BaseModel
@@ -35,7 +41,16 @@ class BatchNormNet(BaseModel):
 
 MODELS["bn_net"] = BatchNormNet
 
+
+def let_fsdp_be_on_cpu() -> None:
+    """Accelerate asks whether the processes have GPUs; torch itself shards on a CPU as well."""
+    PartialState(cpu=True)
+    PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
+
+
 if __name__ == "__main__":
+    if os.environ.get("FSDP_ON_CPU"):
+        let_fsdp_be_on_cpu()
     from scripts.train import main
 
     sys.exit(main(sys.argv[1:]))

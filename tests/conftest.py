@@ -34,6 +34,13 @@ def run_script(
     return done
 
 
+# What accelerate_configs/fsdp2.yaml makes of the environment, for tests/bn_net.py; with a size for small models.
+FSDP = {
+    "FSDP_ON_CPU": "1", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "1000",
+}  # fmt: skip
+
+
 def exit_code_of(work: Callable[[], object]) -> int:
     """Of a forked process that does the work; -9 where it was killed, 1 for an error, which it tells."""
     child = os.fork()

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from configs.arguments import make_config
 from configs.errors import ConfigError
 from scripts.multi_gpu import start_on_all_gpus
-from tests.conftest import ROOT
+from tests.conftest import ROOT, lines_of
 from trainer.device import make_accelerator
 
 FILES = ROOT / "accelerate_configs"
@@ -107,11 +108,38 @@ def test_another_number_of_processes_than_expected_is_refused():
     make_accelerator(make_config(expect_processes=1))
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+@pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM"])
 def test_what_would_silently_be_something_else_is_refused(monkeypatch, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     with pytest.raises(ConfigError, match=f"the launcher asks for {name}"):
         make_accelerator(make_config())
+
+
+def test_fsdp_where_it_would_silently_be_something_else_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="FSDP 1, whose checkpoints do not continue exactly"):
+        make_accelerator(make_config())
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ConfigError, match=r"asks for FSDP, and what there is would be 1 process\(es\) without"):
+        make_accelerator(make_config())
+
+
+def test_the_fsdp_file_shards_and_computes_in_the_precision_of_the_run(tmp_path):
+    """A model with BatchNorm in bf16, on a CPU: the launcher and the run are told that they may."""
+    flags = "--model bn_net --max_steps 20 --micro_batch_size 16 --mixed_precision bf16 --output_dir"
+    run = [*flags.split(), str(tmp_path)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FILES / "fsdp2.yaml")]
+    two = [*launch, "--num_processes", "2", "tests/bn_net.py", *run, "--experiment_name", "two"]
+    one = [sys.executable, "tests/bn_net.py", *run, "--experiment_name", "one"]
+    for command, environment in [(two, {"FSDP_ON_CPU": "1"}), (one, {})]:
+        everything = os.environ | {"ACCELERATE_USE_CPU": "true"} | environment
+        done = subprocess.run(command, cwd=ROOT, env=everything, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        assert ("sharded by FSDP2" in done.stdout) == (command is two)
+    sharded, plain = (lines_of(tmp_path / name, "epoch", "val") for name in ("two", "one"))
+    assert sharded[-1]["loss"] == pytest.approx(plain[-1]["loss"], rel=1e-3)
+    weights = [load_file(tmp_path / name / "best" / "model.safetensors") for name in ("two", "one")]
+    assert all(weights[0][name].dtype == value.dtype for name, value in weights[1].items())
 
 
 def test_double_precision_is_refused_beside_a_lower_one():
@@ -121,6 +149,6 @@ def test_double_precision_is_refused_beside_a_lower_one():
 
 def test_every_launch_file_is_tested_and_in_the_readme():
     names = {path.stem for path in FILES.glob("*.yaml")}
-    assert names == {"cpu", "cpu_2", "single_gpu", "ddp", "multi_node"}
+    assert names == {"cpu", "cpu_2", "single_gpu", "ddp", "fsdp2", "multi_node"}
     assert all(f"| `{name}.yaml" in (ROOT / "README.md").read_text() for name in names)
     assert all(yaml.safe_load((FILES / f"{name}.yaml").read_text())["mixed_precision"] == "no" for name in names)

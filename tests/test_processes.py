@@ -14,7 +14,7 @@ import pytest
 
 from configs.errors import UserError
 from scripts.report import told
-from tests.conftest import ROOT
+from tests.conftest import FSDP, ROOT
 from trainer import processes
 
 # A fault from outside: a script that changes one process of the real command, and then is that command.
@@ -37,6 +37,9 @@ def at_step_20(method, act):
         return act(result) if self.state.step == 20 else result
     return changed
 
+if os.environ.get("FSDP_ON_CPU"):
+    from tests.bn_net import let_fsdp_be_on_cpu
+    let_fsdp_be_on_cpu()
 if os.environ["RANK"] == rank:
     if place == "forward":
         MainTrainer.forward_pass = at_step_20(MainTrainer.forward_pass, boom)
@@ -59,12 +62,15 @@ if __name__ == "__main__":
 """
 
 
-def train_two(folder: Path, place: str, rank: int, *flags: str) -> subprocess.CompletedProcess[str]:
+def train_two(
+    folder: Path, place: str, rank: int, *flags: str, sharded: bool = False
+) -> subprocess.CompletedProcess[str]:
     script = folder / "driver.py"
     script.write_text(DRIVER.format(root=str(ROOT)))
     run = ["--output_dir", str(folder), "--experiment_name", "x", "--epochs", "1", *flags]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= FSDP if sharded else {}
     return subprocess.run(
         [*command, str(script), place, str(rank), *run],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False,
@@ -108,9 +114,12 @@ def test_processes_that_know_each_other_do_not_go_through_the_interpreters_end(t
     assert "driver.py" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize(("place", "rank"), [("inf", 1), pytest.param("nan", 0, marks=pytest.mark.long)])
-def test_a_loss_that_is_not_finite_on_one_process_stops_both_at_its_step(tmp_path, place, rank):
-    done = train_two(tmp_path, place, rank)
+@pytest.mark.parametrize(
+    ("place", "rank", "sharded"),
+    [("inf", 1, False), ("nan", 0, True), pytest.param("nan", 0, False, marks=pytest.mark.long)],
+)
+def test_a_loss_that_is_not_finite_on_one_process_stops_both_at_its_step(tmp_path, place, rank, sharded):
+    done = train_two(tmp_path, place, rank, sharded=sharded)
     assert "step 21 " in done.stderr
     status = json.loads((tmp_path / "x" / "status.json").read_text())
     assert (status["state"], status["step"]) == ("diverged", 21)

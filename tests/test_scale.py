@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, lines_of
+from models import BaseModel
+from tests import bn_net  # noqa: F401 adds its model
+from tests.conftest import FSDP, ROOT, lines_of
 from trainer import checkpoint
 
 # learning rate, averages, clipping, mixing and augmentation at work; plain gradient descent hides no scale
@@ -27,15 +29,16 @@ WHOLE = "--dtype float64 --max_steps 200 --save_every_steps 90".split()
 BATCH_NORM = ["--model", "bn_net", "--dropout", "0.2", "--micro_batch_size", "8"]
 
 
-def train(folder: Path, name: str, *flags: str, processes: int = 1) -> Path:
+def train(folder: Path, name: str, *flags: str, processes: int = 1, sharded: bool = False) -> Path:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), "tests/bn_net.py", *OPTIONS, *flags]
     done = subprocess.run(
         [*command, "--output_dir", str(folder), "--experiment_name", name, "--expect_processes", str(processes)],
-        cwd=ROOT, env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | (FSDP if sharded else {}),
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode in (0, 1 if processes > 1 else 75), done.stderr  # a launcher tells a stop by 1
+    assert ("sharded by FSDP2" in done.stdout) == sharded
     return folder / name
 
 
@@ -78,6 +81,28 @@ def any_cut(folder) -> Path:
 def test_at_one_micro_batch_size_the_processes_change_nothing(folder, batch_norm, processes):
     """With dropout, MixUp, CutMix and BatchNorm."""
     check_alike(batch_norm, train(folder, f"batch_norm_{processes}", *BATCH_NORM, *WHOLE, processes=processes), 1e-9)
+
+
+def test_sharded_weights_change_nothing(folder, batch_norm):
+    """Nor what is saved: files of whole weights, which one process loads."""
+    sharded = train(folder, "sharded", *BATCH_NORM, *WHOLE, processes=2, sharded=True)
+    check_alike(batch_norm, sharded, 1e-9)
+    one, other = (BaseModel.from_pretrained(run / "best") for run in (batch_norm, sharded))
+    assert one.config() == other.config()
+    assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
+    names = [sorted(path.name for path in run.rglob("*") if path.is_file()) for run in (batch_norm, sharded)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.long)])
+def test_a_sharded_run_goes_on_unsharded_and_back(folder, optimizer):
+    """sharded on 2 processes, 1, 2, sharded on 2"""
+    flags = [*BATCH_NORM, *"--dtype float64 --max_steps 80 --optimizer".split(), optimizer]
+    whole = train(folder, f"whole_{optimizer}", *flags)
+    for steps, processes, sharded in [(20, 2, True), (20, 1, False), (20, 2, False), (0, 2, True)]:
+        stop = ["--stop_after_steps", str(steps)] if steps else []
+        run = train(folder, f"parts_{optimizer}", *flags, *stop, processes=processes, sharded=sharded)
+    check_alike(whole, run, 1e-9)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from torch import Tensor
 from configs.errors import ConfigError, DataError, Diverged, UserError
 from configs.options import Config
 from data.order import Use, mix, seed_device
-from trainer import checkpoint, reporting, run_folder, saving, signals, starting
+from trainer import checkpoint, reporting, run_folder, saving, sharding, signals, starting
 from trainer.bad_samples import BadSamples, ReportingLoader
 from trainer.batch_statistics import BatchStatistics
 from trainer.device import make_accelerator, moved_ahead
@@ -78,8 +78,11 @@ class BaseTrainer(ABC):
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.plain_model = model.to(self.device)
-        self.optimizers = build_optimizers(self.plain_model, config)
+        self.sharded = self.accelerator.is_fsdp2
+        self.optimizers = build_optimizers(self.plain_model, config, sharded=self.sharded)
         self.model, *_ = self.accelerator.prepare(self.plain_model, *self.optimizers)
+        if self.sharded:
+            sharding.compute_in_precision(self.plain_model, self.accelerator)
         if config.compile:
             self.plain_model.compile()  # in place: names in the state dict stay as they are
         self.parameters = [p for p in self.plain_model.parameters() if p.requires_grad]
@@ -233,7 +236,7 @@ class BaseTrainer(ABC):
         self.log_metrics(results)
         self.table.line(state.epoch, results, self.clock.speed(), best=is_best)
         if is_best:
-            self.processes.from_main(lambda: saving.save_best(self, judged))
+            saving.save_best(self, judged)
         ranked = sorted([*state.best_steps, (value, state.step)], key=lambda e: (-e[0] if higher else e[0], e[1]))
         state.best_steps = ranked[: config.keep_best]
         if self.exhausted or state.step_in_epoch >= self.steps_per_epoch:
@@ -447,8 +450,9 @@ class BaseTrainer(ABC):
         """Save where the run stands. regular: because the config says so, not a clock or a signal."""
         self.nonfinite.settle()
         self.meter.read(self.state.window_sums, self.state.epoch_sums)  # raises Diverged on a loss of NaN
-        if name := saving.name_of_non_finite(self):
-            raise Diverged(f"{name} is not finite after step {self.state.step}", fix=CURE)
+        name = saving.name_of_non_finite(self)
+        if names := self.processes.gather_lines([name] if name else []):
+            raise Diverged(f"{names[0]} is not finite after step {self.state.step}", fix=CURE)
         reporting.share_bad_samples(self)
         if regular:
             self.state.regular_step = self.state.step

@@ -11,16 +11,15 @@ from accelerate import Accelerator
 
 from configs.errors import ConfigError
 from configs.options import Config
+from trainer import sharding
 
 
 def make_accelerator(config: Config) -> Accelerator:
     """CUDA, MPS or CPU, whichever is there. Raises ConfigError for a precision or launch that cannot work."""
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes"):
-            raise ConfigError(
-                f"the launcher asks for {name}, which this trainer does not know; without a GPU it would be DDP",
-                fix="accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes N scripts/train.py",
-            )
+            raise ConfigError(f"the launcher asks for {name}, which this trainer does not know", fix=sharding.FIX)
+    fsdp = sharding.asked_for()
     no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     use_cpu = no_gpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     precision: str | None = config.mixed_precision
@@ -40,7 +39,7 @@ def make_accelerator(config: Config) -> Accelerator:
             f"{torch.cuda.get_device_name()} cannot compute in bf16", fix="take --mixed_precision fp16 or no"
         )
     try:
-        accelerator = Accelerator(cpu=use_cpu, mixed_precision=wanted)
+        accelerator = Accelerator(cpu=use_cpu, mixed_precision=wanted, fsdp_plugin=fsdp)
     except ValueError as error:  # a second trainer of another precision in one process
         raise ConfigError(f"this process has an Accelerator already: {str(error).splitlines()[0]}") from None
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -50,6 +49,8 @@ def make_accelerator(config: Config) -> Accelerator:
             f"(each sees {accelerator.num_processes})",
             fix="without GPUs: accelerate launch --config_file accelerate_configs/cpu_2.yaml scripts/train.py",
         )
+    if fsdp is not None:
+        sharding.check_it_is_there(accelerator)
     if config.expect_processes not in (None, started):
         raise ConfigError(
             f"--expect_processes {config.expect_processes}, but the launcher started {started}",

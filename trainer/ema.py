@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from trainer.sharding import distributed, part, whole
+
 
 class WeightAverage:
     """Averages of parameters and floating-point buffers; whole-number buffers are copied.
@@ -19,9 +21,10 @@ class WeightAverage:
         self.decay = decay
         tensors = model.state_dict(keep_vars=True)
         self.copied = {name: t.detach() for name, t in tensors.items() if not t.is_floating_point()}
-        live = {id(t): t.detach() for t in tensors.values() if t.is_floating_point()}  # tied weights once
+        self.tensors = {name: t.detach() for name, t in tensors.items() if t.is_floating_point()}
+        live = {id(t): part(t.detach()) for t in tensors.values() if t.is_floating_point()}  # tied weights once
         average = {key: t.clone() for key, t in live.items()}
-        self.average = {name: average[id(t)] for name, t in tensors.items() if t.is_floating_point()}
+        self.average = {name: average[id(tensors[name])] for name in self.tensors}  # this process's part of them
         self._live, self._average = list(live.values()), list(average.values())
 
     @torch.no_grad()
@@ -42,12 +45,15 @@ class WeightAverage:
             with torch.no_grad():
                 torch._foreach_copy_(self._live, kept)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that the model's own state dict holds, averaged."""
-        tensors = (self.average | self.copied).items()
-        return {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors}
+    def state_dict(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """All that the model's own state dict holds, averaged. Where weights are sharded every process calls it, and
+        those that do not keep it get nothing."""
+        parts = {name: (t, self.tensors[name]) for name, t in self.average.items()}
+        parts |= {name: (t, t) for name, t in self.copied.items()}
+        tensors = ((name, whole(*part)) for name, part in parts.items())  # one at a time
+        return {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors if keep}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, tensor in self.average.items():
-            tensor.copy_(state[name])
+            tensor.copy_(part(distributed(state[name], self.tensors[name])))

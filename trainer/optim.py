@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from configs.errors import ConfigError
 from configs.options import Config
+from trainer.sharding import whole
 
 
-def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, config: Config, *, sharded: bool = False) -> list[torch.optim.Optimizer]:
     """One optimizer; for muon two: it takes the matrices, AdamW the rest. No decay for biases and norms."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
@@ -21,7 +24,7 @@ def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optim
     fused: Any = {"fused": True} if parameters[0].device.type in ("cpu", "cuda", "mps") else {}
     decay = config.weight_decay
     if config.optimizer == "sgd":
-        nesterov = config.momentum > 0
+        nesterov, fused = config.momentum > 0, {} if sharded else fused  # torch has no fused one for parts
         return [torch.optim.SGD(groups(parameters, decay), config.lr, config.momentum, nesterov=nesterov, **fused)]
     if config.optimizer == "adam":
         return [torch.optim.Adam(groups(parameters, decay), config.lr, **fused)]
@@ -29,6 +32,8 @@ def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optim
         return [torch.optim.AdamW(groups(parameters, decay), config.lr, **fused)]
     if not hasattr(torch.optim, "Muon"):
         raise ConfigError(f"torch {torch.__version__} has no Muon", fix="upgrade torch, or take --optimizer adamw")
+    if sharded:  # torch's computes in bfloat16 with what a process has: 1e-3 apart after 20 steps
+        raise ConfigError("--optimizer muon does not go with FSDP: it needs whole matrices", fix="take adamw, or DDP")
     matrices = [p for p in parameters if p.ndim == 2]
     others = [p for p in parameters if p.ndim != 2]
     if not matrices:
@@ -37,6 +42,19 @@ def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optim
         matrices, config.lr, decay, config.momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
     )  # the same lr as for AdamW then fits (Liu et al. 2025, "Muon is scalable")
     return [muon, torch.optim.AdamW(groups(others, decay), config.lr, **fused)] if others else [muon]
+
+
+@contextmanager
+def same_kernels(optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
+    """Inside, optimizers take up a saved state, but go on to compute as they did: a fused SGD is none with FSDP."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    kept: list[dict[str, Any]] = [
+        {name: group[name] for name in ("fused", "foreach") if name in group} for group in groups
+    ]
+    yield
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, kernels in zip(groups, kept, strict=True):
+        group.update(kernels)
 
 
 def groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -58,7 +76,7 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Te
     if not gradients:
         return torch.zeros(())
     if isinstance(gradients[0], DTensor):
-        return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
+        return whole(nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm))
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if max_norm is not None:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))

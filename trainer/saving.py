@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs.errors import UserError
-from trainer import checkpoint, run_folder
+from trainer import checkpoint, run_folder, sharding
 from trainer.model_card import model_card
+from trainer.optim import same_kernels
 from trainer.run_folder import write_whole
 
 if TYPE_CHECKING:
@@ -54,26 +55,36 @@ class Saver:
         self.finish()
         from_main, step = trainer.processes.from_main, trainer.state.step
         from_main(lambda: self.guarded(hidden, lambda: checkpoint.begin(hidden.parent, step)))
-        fault = self.caught(hidden, lambda: trainer.accelerator.save_state(str(hidden)))
+        fault = self.caught(hidden, lambda: self.write_states(hidden))
         faults = trainer.processes.gather_lines([fault] if fault else [])  # the others' files lie there, too
-        from_main(lambda: self.complete(hidden, state, faults))
+        gathers = trainer.is_main or trainer.sharded
+        averages = trainer.ema.state_dict(keep=trainer.is_main) if trainer.ema and gathers else None
+        from_main(lambda: self.complete(hidden, state, averages, faults))
         self.saved, self.last_save = state, time.monotonic()
         self.stall_seconds += self.last_save - start
 
-    def complete(self, hidden: Path, state: dict[str, Any], faults: list[UserError]) -> None:
+    def write_states(self, hidden: Path) -> None:
+        """Of the model, the optimizers and the scaler."""
+        if self.trainer.sharded:
+            sharding.save(self.trainer, hidden)
+        else:
+            self.trainer.accelerator.save_state(str(hidden))
+
+    def complete(
+        self, hidden: Path, state: dict[str, Any], averages: dict[str, Tensor] | None, faults: list[UserError]
+    ) -> None:
         """On the main process: what is ours beside Accelerate's files, then the thread."""
         if faults:
             shutil.rmtree(hidden, ignore_errors=True)
             raise faults[0]
-        self.guarded(hidden, lambda: self.write_ours(hidden, state))
+        self.guarded(hidden, lambda: self.write_ours(hidden, state, averages))
         self.thread = threading.Thread(target=self.prove, args=(hidden, state), name="checkpoint")
         self.thread.start()
 
-    def write_ours(self, hidden: Path, state: dict[str, Any]) -> None:
-        trainer = self.trainer
-        if trainer.ema is not None:
-            save_file(trainer.ema.state_dict(), hidden / "ema.safetensors", metadata={"format": "pt"})
-        (hidden / "config.json").write_text(json.dumps(trainer.plain_model.config(), indent=2))
+    def write_ours(self, hidden: Path, state: dict[str, Any], averages: dict[str, Tensor] | None) -> None:
+        if averages is not None:
+            save_file(averages, hidden / "ema.safetensors", metadata={"format": "pt"})
+        (hidden / "config.json").write_text(json.dumps(self.trainer.plain_model.config(), indent=2))
         (hidden / "state.json").write_text(json.dumps(state, indent=1))
 
     def prove(self, hidden: Path, state: dict[str, Any]) -> None:
@@ -156,13 +167,19 @@ def cannot_write(trainer: BaseTrainer, what: str, folder: Path, error: Exception
 
 def save_best(trainer: BaseTrainer, metrics: dict[str, float]) -> None:
     """best/: the model as `from_pretrained` loads it, with its averaged weights where there are such."""
+    with trainer.averaged():
+        whole = sharding.whole_weights(trainer) if trainer.sharded else None
+        trainer.processes.from_main(lambda: write_best(trainer, metrics, whole))
+
+
+def write_best(trainer: BaseTrainer, metrics: dict[str, float], whole: dict[str, Tensor] | None) -> None:
+    """On the main process. whole: the weights, where the model itself has only parts of them."""
     best, model = trainer.run.best, trainer.plain_model
     part = "Validation" if trainer.val_loader is not None else "Training"
     try:
         best.mkdir(parents=True, exist_ok=True)
         write_whole(best / "README.md", model_card(trainer.config, model.config(), metrics, trainer.state.step, part))
-        with trainer.averaged():
-            model.save_pretrained(best)
+        model.write(best, whole)
     except WRITE_FAULTS as error:
         raise cannot_write(trainer, "the best model", trainer.run.path, error) from error
 
@@ -201,7 +218,11 @@ def load_checkpoint(trainer: BaseTrainer, folder: Path) -> None:
             fix="continue from another checkpoint, or with the options that the run was begun with",
         )
     try:
-        trainer.accelerator.load_state(str(folder))
+        with same_kernels(trainer.optimizers):
+            if trainer.sharded:
+                sharding.load(trainer, folder)
+            else:
+                trainer.accelerator.load_state(str(folder))
         if trainer.ema is not None:
             trainer.ema.load_state_dict(load_file(folder / "ema.safetensors"))  # onto the CPU: no "cpu:0" there
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
@@ -215,7 +236,7 @@ def load_checkpoint(trainer: BaseTrainer, folder: Path) -> None:
 
 def name_of_non_finite(trainer: BaseTrainer) -> str:
     """The first weight, buffer or average that must not be saved; "" where all are finite."""
-    tensors = [*trainer.plain_model.state_dict().items()]
+    tensors = [(name, sharding.part(tensor)) for name, tensor in trainer.plain_model.state_dict().items()]
     if trainer.ema is not None:
         tensors += [(f"the average of {name}", tensor) for name, tensor in trainer.ema.average.items()]
     return next((name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()), "")
