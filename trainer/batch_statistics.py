@@ -26,18 +26,19 @@ class BatchStatistics:
         self.dtype = torch.float32 if any(t.device.type == "mps" for t in self.running) else torch.float64
         self.merges = False
 
-    @torch.no_grad()
     def begin_step(self, window: Window) -> None:
         self.merges = bool(self.running) and (len(window.batches) > 1 or self.reduce is not None)
-        if self.merges:
+        if self.merges:  # buffers need no gradient
             self.before = [[t.clone() for t in tensors] for tensors in (self.running, self.counters)]
             self.sums = torch.zeros((), dtype=self.dtype, device=self.running[0].device)
 
-    @torch.no_grad()
     def after_micro_batch(self, window: Window) -> None:
         """Note what the micro-batch made of them; after the last one of the step all processes take the mean."""
-        if not self.merges:
-            return
+        if self.merges:
+            self.merge(window)
+
+    @torch.no_grad()
+    def merge(self, window: Window) -> None:
         samples = samples_in(window.batches[window.number])
         flat = torch.cat([t.flatten().to(self.dtype) for t in self.running])
         self.sums = self.sums + samples * torch.cat([flat, flat.new_ones(1)])

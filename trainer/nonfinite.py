@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from configs.errors import Diverged
 from data.order import TrainOrder
@@ -32,23 +33,25 @@ class NonFinite:
         fused = all(optimizer.defaults.get("fused") for optimizer in trainer.optimizers)
         self.looks_at_once = trainer.scaler is None and (trainer.device.type != "cuda" or not fused)
         self.bad = torch.zeros(2, dtype=torch.int64, device=trainer.device)  # first bad step, how many
-        named = [(name, buffer) for name, buffer in trainer.plain_model.named_buffers() if buffer.is_floating_point()]
+        saved = trainer.plain_model.state_dict(keep_vars=True).items()  # others, as the pixels' mean, do not change
+        named = {name: t for name, t in saved if t.is_floating_point() and not isinstance(t, Parameter)}
         averages = trainer.ema.average if trainer.ema is not None else {}
-        self.buffers = [buffer for _, buffer in named] + [averages[name] for name, _ in named if name in averages]
+        self.buffers = [*named.values(), *(averages[name] for name in named if name in averages)]
         self.losses_are_finite = True
         self.bad_loss = torch.zeros((), dtype=torch.bool, device=trainer.device)  # of this step, where a scaler is used
         self.good_buffers = [buffer.clone() for buffer in self.buffers]
 
-    @torch.no_grad()
     def remember_buffers(self) -> None:
         """Those of now are good, and their averages."""
         if self.buffers:
-            torch._foreach_copy_(self.good_buffers, self.buffers)
+            with torch.no_grad():
+                torch._foreach_copy_(self.good_buffers, self.buffers)
 
-    @torch.no_grad()
     def begin_step(self) -> None:
         """Before the forward: one NaN in it would stay in BatchNorm's averages for ever."""
-        self.losses_are_finite, self.bad_loss = True, torch.zeros_like(self.bad_loss)
+        self.losses_are_finite = True
+        if self.trainer.scaler is not None:
+            self.bad_loss = torch.zeros_like(self.bad_loss)
         if self.looks_at_once:
             self.remember_buffers()
 
