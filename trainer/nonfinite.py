@@ -93,8 +93,9 @@ class NonFinite:
             return
         trainer, config = self.trainer, self.trainer.config
         self.bad = torch.zeros_like(self.bad)
-        with torch.no_grad():
-            torch._foreach_copy_(self.buffers, self.good_buffers)
+        if self.buffers:
+            with torch.no_grad():
+                torch._foreach_copy_(self.buffers, self.good_buffers)
         what = self.describe(first)
         self.write_capsule(first, what)
         trainer.state.nonfinite_steps += count
