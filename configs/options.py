@@ -83,6 +83,10 @@ class ModelOptions:
     """Dropout before the classifier; default: the model's own."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the model's blocks, and compute the rest twice: less memory, more time, same result."""
+    sync_batch_norm: bool = False
+    """BatchNorm over what all processes compute at once, on GPUs."""
     channels_last: bool = False
     """Store image tensors with the channels last: faster on recent GPUs."""
     ema_decay: float = 0.0
@@ -103,6 +107,8 @@ class OptimOptions:
     """sgd has Nesterov momentum; muon takes the weight matrices, adamw the rest."""
     lr: float = 2e-3
     """Peak learning rate."""
+    lr_scale: Literal["none", "linear", "sqrt"] = "none"
+    """How the learning rate grows with the batch size; `--lr` is then that of a batch of 256."""
     momentum: float = 0.9
     """Momentum of sgd and muon."""
     weight_decay: float = 0.05
@@ -181,6 +187,8 @@ class RunOptions:
     """Repository to push to, `user/name`."""
     use_multigpu: bool = False
     """With plain python: start again by `accelerate launch`, a process for each visible GPU."""
+    find_unused_parameters: bool = False
+    """Let DDP look for parameters that took no part in a step; without it such a model is refused."""
     expect_processes: int | None = None
     """Stop where the launcher has started another number of processes."""
     check: bool = False

@@ -6,7 +6,10 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
+
+from models.recompute import computing_once, recomputed
 
 
 def summarize(model: nn.Module, channels: int, image_size: int, batch_size: int) -> str:
@@ -16,11 +19,15 @@ def summarize(model: nn.Module, channels: int, image_size: int, batch_size: int)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     flops, activations = cost(model, channels, image_size, batch_size)
+    keeps = f"{megabytes(activations)} activations at {batch_size} images"
+    if blocks := recomputed(model):
+        all_of_them = cost(computing_once(model), channels, image_size, batch_size)[1]
+        keeps += f" instead of {megabytes(all_of_them)}, {len(blocks)} blocks being computed twice"
     return (
         f"{parameters:,} parameters"
         + (f" ({trainable:,} trainable)" if trainable != parameters else "")
         + f", {megabytes(size)}; {flops / 1e6:,.1f} MFLOPs an image; "
-        f"{megabytes(activations)} activations at {batch_size} images"
+        f"{keeps}"
     )
 
 
@@ -31,6 +38,8 @@ def megabytes(size: float) -> str:
 def cost(model: nn.Module, channels: int, image_size: int, batch_size: int) -> tuple[float, int]:
     """FLOPs of one image, and bytes kept for backward at batch_size, from a copy on the meta device."""
     ghost = copy.deepcopy(model).to("meta").train()
+    for block in recomputed(ghost):  # what it keeps is seen by nobody else
+        block.register_forward_pre_hook(lambda _, inputs: tree_map_only(Tensor, note, inputs) and None)
     images_BCHW = torch.zeros(batch_size, channels, image_size, image_size, device="meta")
     own = {storage_of(tensor) for tensor in [*ghost.parameters(), *ghost.buffers()]}
     kept: dict[int, Tensor] = {}  # holds on to the tensors: an address is no other's while one lives

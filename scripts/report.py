@@ -74,6 +74,9 @@ def told(error: BaseException) -> UserError:
     if "No space left" in text or getattr(error, "errno", None) in (errno.EROFS, errno.EACCES, errno.EDQUOT):
         fix = "free some space, or choose another --output_dir; a saved run continues by the same command"
         return UserError(f"cannot write: {text}", where=place(error), fix=fix)
+    if "finished reduction in the prior iteration" in text:
+        fix = "let every parameter take part in the loss, or take --find_unused_parameters"
+        return UserError("DDP: some parameters took no part in the step before", where=place(error), fix=fix)
     fix = "run again with --debug for the whole traceback"
     where = ", ".join([place(error), *notes])
     return UserError(text if in_worker else f"{type(error).__name__}: {text}", where=where, fix=fix)

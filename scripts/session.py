@@ -64,7 +64,7 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
         else f"{config.epochs} epochs of {trainer.steps_per_epoch:,} steps"
     )
     accumulated = -(-trainer.batch_share // micro)
-    model = outline(config, data) if trainer.sharded else trainer.plain_model
+    model = outline(config, data) if trainer.sharded or config.sync_batch_norm else trainer.plain_model
     print(f"run       {trainer.run.path}")
     print(f"model     {config.model}: {summarize(model, data.info.channels, data.image_size, micro)}")
     print(f"data      {data.name}: {sizes}; {len(data.classes)} classes")
@@ -79,7 +79,7 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     if named := made_of_what_is_computed_at_once(trainer.plain_model):
         print(f"          {named}: the {micro} images computed at once are part of the result")
     print(
-        f"          {config.optimizer}, lr {config.lr:g}, {config.scheduler}"
+        f"          {config.optimizer}, lr {trainer.peak_lr:g}, {config.scheduler}"
         + (f", ema {config.ema_decay:g}" if trainer.ema else "")
     )
     print(

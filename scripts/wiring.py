@@ -16,6 +16,7 @@ from data.order import Use, mix, seed_cpu
 from models import BaseModel, ModelError
 from models.load import load_weights_into
 from models.model import build, check_name, input_size
+from models.recompute import recompute_blocks
 from trainer.base_trainer import BaseTrainer
 from trainer.device import make_accelerator
 from trainer.main_trainer import MainTrainer
@@ -67,6 +68,8 @@ def build_model(config: Config, data: Data) -> BaseModel:
     )
     if config.weights:
         load_weights_into(model, config.weights)
+    if config.gradient_checkpointing:
+        recompute_blocks(model)
     return model.double() if config.dtype == "float64" else model
 
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from configs.arguments import make_config
 from configs.errors import ConfigError
 from scripts.multi_gpu import start_on_all_gpus
+from tests import bn_net
 from tests.conftest import ROOT, lines_of
-from trainer.device import make_accelerator
+from trainer.device import ddp_options, make_accelerator, with_synced_norms
 
 FILES = ROOT / "accelerate_configs"
 # Each process tells what it is, and what all of them are together.
@@ -27,7 +28,7 @@ import json, os, sys
 sys.path.insert(0, {root!r})
 import torch
 from configs.arguments import make_config
-from trainer.device import make_accelerator
+from trainer.device import ddp_options, make_accelerator, with_synced_norms
 accelerator = make_accelerator(make_config())
 together = accelerator.reduce(torch.ones(()), "sum").item()
 found = [accelerator.process_index, accelerator.num_processes, together, accelerator.mixed_precision]
@@ -152,3 +153,18 @@ def test_every_launch_file_is_tested_and_in_the_readme():
     assert names == {"cpu", "cpu_2", "single_gpu", "ddp", "fsdp2", "multi_node"}
     assert all(f"| `{name}.yaml" in (ROOT / "README.md").read_text() for name in names)
     assert all(yaml.safe_load((FILES / f"{name}.yaml").read_text())["mixed_precision"] == "no" for name in names)
+
+
+def test_buffers_are_sent_around_only_where_more_than_batch_norm_changes_them():
+    net = bn_net.BatchNormNet(num_classes=3, in_channels=1)
+    assert not ddp_options(make_config(), net).broadcast_buffers
+    net.register_buffer("codes", torch.zeros(4))
+    assert ddp_options(make_config(), net).broadcast_buffers
+    assert ddp_options(make_config(find_unused_parameters=True), net).find_unused_parameters
+
+
+def test_synced_batch_norm_is_refused_without_a_gpu():
+    with pytest.raises(ConfigError, match="--sync_batch_norm needs GPUs, and the device is cpu"):
+        with_synced_norms(bn_net.BatchNormNet(num_classes=3), torch.device("cpu"))
+    synced = with_synced_norms(bn_net.BatchNormNet(num_classes=3), torch.device("cuda"))  # nothing is computed
+    assert sum(isinstance(module, torch.nn.SyncBatchNorm) for module in synced.modules()) == 2

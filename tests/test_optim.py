@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from configs.arguments import make_config
+from tests.conftest import lines_of
+from tests.tiny import tiny_batches, tiny_trainer
 from trainer.ema import WeightAverage
 from trainer.optim import build_optimizers, clip_gradients, lr_factor
 
@@ -101,3 +103,15 @@ def test_the_weight_average_follows_its_formula_and_gives_the_weights_back():
     other = WeightAverage(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), 0.9)
     other.load_state_dict(ema.state_dict())
     assert all(torch.equal(other.average[name], ema.average[name]) for name in ema.average)
+
+
+@pytest.mark.parametrize(
+    ("rule", "batch_size", "factor"), [("none", 64, 1), ("linear", 64, 0.25), ("sqrt", 64, 0.5), ("linear", 256, 1)]
+)
+def test_the_learning_rate_grows_with_the_batch_by_its_rule(tmp_path, rule, batch_size, factor):
+    """--lr is that of a batch of 256."""
+    options = {"lr": 0.1, "lr_scale": rule, "batch_size": batch_size, "log_every": 1}
+    trainer = tiny_trainer(tmp_path, tiny_batches([batch_size] * 2), **options)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * factor)
+    trainer.train()
+    assert [line["lr"] for line in lines_of(trainer.run.path, "train")] == pytest.approx([0.1 * factor] * 2)

@@ -40,6 +40,9 @@ def at_step_20(method, act):
 if os.environ.get("FSDP_ON_CPU"):
     from tests.bn_net import let_fsdp_be_on_cpu
     let_fsdp_be_on_cpu()
+if place == "unused":
+    from models.simple_cnn import SimpleCNN
+    SimpleCNN.init_weights = lambda self: self.register_parameter("idle", torch.nn.Parameter(torch.zeros(3)))
 if os.environ["RANK"] == rank:
     if place == "forward":
         MainTrainer.forward_pass = at_step_20(MainTrainer.forward_pass, boom)
@@ -105,6 +108,15 @@ def test_an_error_of_one_process_ends_both_and_is_told_once(tmp_path, place, ran
     assert len(said) <= 15
     assert time.monotonic() - start < 60
     assert "driver.py" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_parameter_that_takes_no_part_is_told_or_left_out(tmp_path):
+    done = train_two(tmp_path, "unused", 0, "--max_steps", "4")
+    assert done.returncode == 1
+    assert any("some parameters took no part in the step before" in line for line in ours(done.stderr)), done.stderr
+    assert any("--find_unused_parameters" in line for line in ours(done.stderr))
+    done = train_two(tmp_path, "unused", 0, "--max_steps", "4", "--find_unused_parameters")
+    assert done.returncode == 0, done.stderr
 
 
 def test_processes_that_know_each_other_do_not_go_through_the_interpreters_end(tmp_path):

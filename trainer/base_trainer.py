@@ -24,13 +24,13 @@ from data.order import Use, mix, seed_device
 from trainer import checkpoint, reporting, run_folder, saving, sharding, signals, starting
 from trainer.bad_samples import BadSamples, ReportingLoader
 from trainer.batch_statistics import BatchStatistics
-from trainer.device import make_accelerator, moved_ahead
+from trainer.device import ddp_options, make_accelerator, moved_ahead, with_synced_norms
 from trainer.ema import WeightAverage
 from trainer.losses import Criterion, Losses, Weights, loss_names, total
 from trainer.metrics import CURE, Meter
 from trainer.monitor import check_monitor, higher_is_better
 from trainer.nonfinite import NonFinite
-from trainer.optim import build_optimizers, clip_gradients, lr_factor
+from trainer.optim import build_optimizers, clip_gradients, lr_factor, peak_lr
 from trainer.processes import Processes
 from trainer.progress import Clock, EpochBar, Table
 from trainer.state import TrainState
@@ -75,11 +75,14 @@ class BaseTrainer(ABC):
             self.state = TrainState.from_json(checkpoint.read_state(self.resume_from))
         starting.set_threads(self)
 
+        if config.sync_batch_norm:
+            model = with_synced_norms(model, self.device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.plain_model = model.to(self.device)
         self.sharded = self.accelerator.is_fsdp2
         self.optimizers = build_optimizers(self.plain_model, config, sharded=self.sharded)
+        self.accelerator.ddp_handler = ddp_options(config, self.plain_model)
         self.model, *_ = self.accelerator.prepare(self.plain_model, *self.optimizers)
         if self.sharded:
             sharding.compute_in_precision(self.plain_model, self.accelerator)
@@ -97,7 +100,7 @@ class BaseTrainer(ABC):
         self.batch_statistics = BatchStatistics(self.plain_model, self.reduce)
         self.saver = saving.Saver(self)
         self.window = NO_WINDOW
-        self.lr = 0.0
+        self.lr, self.peak_lr = 0.0, peak_lr(config, config.batch_size)
         self.grad_norm: Tensor | None = None
         self.clock = Clock()
         self.session_steps = 0
@@ -371,7 +374,7 @@ class BaseTrainer(ABC):
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
         self.grad_norm = clip_gradients(self.parameters, config.grad_clip)
-        self.lr = config.lr * self.lr_factor()
+        self.lr = self.peak_lr * self.lr_factor()
         if self.nonfinite.allows_update(self.grad_norm):
             # the optimizers themselves: Accelerate's wrappers look for an optional package at every step, 139 us
             for optimizer in self.optimizers:

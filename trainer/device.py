@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from configs.errors import ConfigError
 from configs.options import Config
@@ -57,6 +60,21 @@ def make_accelerator(config: Config) -> Accelerator:
             fix="see `Several processes` in the README: some ways to start several start one",
         )
     return accelerator
+
+
+def ddp_options(config: Config, model: nn.Module) -> DistributedDataParallelKwargs:
+    """DDP need not send the buffers around at every forward where only BatchNorm's change, which are kept equal."""
+    constant = {id(buffer) for name, buffer in model.named_buffers() if name not in model.state_dict()}
+    of_norms = {id(b) for module in model.modules() if isinstance(module, _NormBase) for b in module.buffers()}
+    others = any(id(buffer) not in constant | of_norms for buffer in model.buffers())
+    return DistributedDataParallelKwargs(broadcast_buffers=others, find_unused_parameters=config.find_unused_parameters)
+
+
+def with_synced_norms(model: nn.Module, device: torch.device) -> nn.Module:
+    """BatchNorm's statistics of what all processes compute at once."""
+    if device.type != "cuda":
+        raise ConfigError(f"--sync_batch_norm needs GPUs, and the device is {device.type}", fix="leave it out")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def default_threads(processes_here: int) -> int:

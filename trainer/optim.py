@@ -15,6 +15,14 @@ from configs.errors import ConfigError
 from configs.options import Config
 from trainer.sharding import whole
 
+LR_BATCH_SIZE = 256  # what --lr is for with --lr_scale, as in Goyal et al. 2017
+
+
+def peak_lr(config: Config, batch_size: int) -> float:
+    """The peak learning rate of a global batch size."""
+    power = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[config.lr_scale]
+    return config.lr * (batch_size / LR_BATCH_SIZE) ** power
+
 
 def build_optimizers(model: nn.Module, config: Config, *, sharded: bool = False) -> list[torch.optim.Optimizer]:
     """One optimizer; for muon two: it takes the matrices, AdamW the rest. No decay for biases and norms."""
@@ -22,14 +30,14 @@ def build_optimizers(model: nn.Module, config: Config, *, sharded: bool = False)
     if not parameters:
         raise ConfigError(f"--model {config.model} has no parameter to train")
     fused: Any = {"fused": True} if parameters[0].device.type in ("cpu", "cuda", "mps") else {}
-    decay = config.weight_decay
+    decay, lr = config.weight_decay, peak_lr(config, config.batch_size)
     if config.optimizer == "sgd":
         nesterov, fused = config.momentum > 0, {} if sharded else fused  # torch has no fused one for parts
-        return [torch.optim.SGD(groups(parameters, decay), config.lr, config.momentum, nesterov=nesterov, **fused)]
+        return [torch.optim.SGD(groups(parameters, decay), lr, config.momentum, nesterov=nesterov, **fused)]
     if config.optimizer == "adam":
-        return [torch.optim.Adam(groups(parameters, decay), config.lr, **fused)]
+        return [torch.optim.Adam(groups(parameters, decay), lr, **fused)]
     if config.optimizer == "adamw":
-        return [torch.optim.AdamW(groups(parameters, decay), config.lr, **fused)]
+        return [torch.optim.AdamW(groups(parameters, decay), lr, **fused)]
     if not hasattr(torch.optim, "Muon"):
         raise ConfigError(f"torch {torch.__version__} has no Muon", fix="upgrade torch, or take --optimizer adamw")
     if sharded:  # torch's computes in bfloat16 with what a process has: 1e-3 apart after 20 steps
@@ -39,9 +47,9 @@ def build_optimizers(model: nn.Module, config: Config, *, sharded: bool = False)
     if not matrices:
         raise ConfigError(f"--optimizer muon needs weight matrices, and {config.model} has none")
     muon = torch.optim.Muon(
-        matrices, config.lr, decay, config.momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
+        matrices, lr, decay, config.momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
     )  # the same lr as for AdamW then fits (Liu et al. 2025, "Muon is scalable")
-    return [muon, torch.optim.AdamW(groups(others, decay), config.lr, **fused)] if others else [muon]
+    return [muon, torch.optim.AdamW(groups(others, decay), lr, **fused)] if others else [muon]
 
 
 @contextmanager

@@ -28,6 +28,7 @@ MAY_CHANGE = {
     "epochs", "max_steps", "num_workers", "cpu_threads", "log_every", "save_every_steps", "save_every_minutes",
     "keep_last", "keep_best", "use_tensorboard", "use_wandb", "wandb_project", "push_to_hub", "hub_model_id",
     "trace_samples", "early_stopping", "patience", "test_data_dir", "max_bad_fraction", "nonfinite", "max_nonfinite",
+    "gradient_checkpointing", "find_unused_parameters",
 }  # fmt: skip
 
 LINES = ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl")
