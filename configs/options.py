@@ -103,6 +103,8 @@ class OptimOptions:
     """GLOBAL batch size: samples in one optimizer step, over all processes."""
     micro_batch_size: int = 64
     """Samples a process computes at once; a larger batch is accumulated from several."""
+    auto_micro_batch: bool = False
+    """Take the largest micro-batch that the GPU's memory allows; found once, then part of the run."""
     optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
     """sgd has Nesterov momentum; muon takes the weight matrices, adamw the rest."""
     lr: float = 2e-3

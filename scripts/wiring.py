@@ -17,6 +17,7 @@ from models import BaseModel, ModelError
 from models.load import load_weights_into
 from models.model import build, check_name, input_size
 from models.recompute import recompute_blocks
+from trainer import micro_batch
 from trainer.base_trainer import BaseTrainer
 from trainer.device import make_accelerator
 from trainer.main_trainer import MainTrainer
@@ -87,6 +88,10 @@ def build_trainer(config: Config, adapt: Adapt = lambda task: task) -> tuple[Bas
     with accelerator.main_process_first():  # one process prepares what the others then read
         data, notes = build_data(config, shown=accelerator.is_main_process)
     model = build_model(config, data)
+    if config.auto_micro_batch:
+        images = data.info.channels, data.image_size, data.image_size
+        found = micro_batch.found_or_recorded(config, model, images, accelerator)
+        config = replace(config, micro_batch_size=found, auto_micro_batch=False)
     process, processes = accelerator.process_index, accelerator.num_processes
     trainer = adapt(TRAINERS[config.task])(
         config,

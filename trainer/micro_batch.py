@@ -1,0 +1,95 @@
+"""--auto_micro_batch: the largest micro-batch that the GPUs' memory allows, found once."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from configs.errors import ConfigError
+from configs.options import Config
+from configs.yaml_file import read_yaml
+from data.order import even_parts
+from trainer import run_folder
+from trainer.optim import build_optimizers
+
+SPARE = 0.1  # of the GPU's memory, for what a run adds: NCCL's buffers, fragments, an evaluation
+
+
+def found_or_recorded(config: Config, model: nn.Module, images: tuple[int, int, int], accelerator: Accelerator) -> int:
+    """The size that the run was begun with, or else the largest that fits, the same on all processes.
+
+    images: channels, height and width of one.
+    """
+    recorded = run_folder.find(config) / "config.yaml"
+    if recorded.is_file():
+        return int(read_yaml(recorded)["micro_batch_size"])
+    check_memory_can_be_tried(accelerator)
+    share = config.batch_size // accelerator.num_processes
+    found = min(gather_object([largest(share, lambda size: fits(config, model, images, size, accelerator))]))
+    if not found:
+        raise ConfigError("not even the smallest micro-batch fits into the GPU's memory", fix="a smaller --image_size")
+    return found
+
+
+def check_memory_can_be_tried(accelerator: Accelerator) -> None:
+    if accelerator.device.type == "cuda" and not accelerator.is_fsdp2:
+        return
+    what = "with FSDP" if accelerator.is_fsdp2 else f"on {accelerator.device.type}"
+    raise ConfigError(
+        f"--auto_micro_batch tries what the memory of a GPU holds, which does not work {what}",
+        fix="give --micro_batch_size, the samples that a process computes at once",
+    )
+
+
+def largest(share: int, fits: Callable[[int], bool]) -> int:
+    """The first that fits of a process's share, its halves, its thirds, ..., even since MixUp pairs; 0 for none."""
+    parts = {-(-share // count) for count in range(1, share + 1)}
+    sizes = sorted({min(share, even_parts(share, part + part % 2)) for part in parts}, reverse=True)
+    first = bisect.bisect_left(sizes, True, key=fits)
+    return sizes[first] if first < len(sizes) else 0
+
+
+def fits(config: Config, model: nn.Module, images: tuple[int, int, int], size: int, accelerator: Accelerator) -> bool:
+    """Whether so many images can be trained on beside all that a run keeps. The model stays as it is."""
+    device = accelerator.device
+    buffers = [buffer.clone() for buffer in model.to(device).buffers()]
+    kept: list[Any] = []
+    try:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        copies = (config.ema_decay > 0) + (accelerator.num_processes > 1)  # averages; DDP's buckets
+        kept += [torch.empty_like(weight) for weight in weights for _ in range(copies)]
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        for optimizer in build_optimizers(model, config):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0  # its states appear, and no weight moves
+            optimizer.step()
+            kept.append(optimizer)
+        with accelerator.autocast():
+            outputs = model.train()(torch.zeros(size, *images, dtype=torch.uint8, device=device))
+        torch.stack([out.float().mean() for out in tree_leaves(outputs) if isinstance(out, Tensor)]).sum().backward()
+        if device.type != "cuda":
+            return True
+        free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+        return free >= SPARE * total
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        kept.clear()
+        with torch.no_grad():
+            for buffer, before in zip(model.buffers(), buffers):
+                buffer.copy_(before)
+        for parameter in model.parameters():
+            parameter.grad = None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
