@@ -123,6 +123,28 @@ def test_a_step_in_float32_is_the_same_to_its_last_digits(folder, processes, mic
     assert 0 < apart(one, other, "model.safetensors") <= 1e-6
 
 
+@pytest.mark.parametrize(
+    ("processes", "flags"),
+    [
+        (2, "--split 0.95 0.0017 0.0483"),
+        pytest.param(4, "--split 0.95 0.0017 0.0483", marks=pytest.mark.long),
+        pytest.param(4, "--split 0.8 0.021 0.179 --micro_batch_size 5", marks=pytest.mark.long),
+        pytest.param(2, "--streaming --split 0.8 0.021 0.179 --micro_batch_size 5", marks=pytest.mark.long),
+        pytest.param(4, "--streaming --split 0.95 0.0017 0.0483", marks=pytest.mark.long),
+    ],
+)
+def test_an_evaluation_counts_each_sample_once(folder, processes, flags):
+    """One sample for all processes, or so many that they cannot share them evenly."""
+    name = "".join(filter(str.isalnum, flags))
+    both = [*ANY_CUT, *"--dtype float64 --max_steps 2 --warmup_steps 0".split(), *flags.split()]
+    one = folder / name if (folder / name).exists() else train(folder, name, *both)
+    other = train(folder, f"{name}_{processes}", *both, processes=processes)
+    (line,), (same,) = lines_of(one, "val"), lines_of(other, "val")
+    assert line["accuracy"] == same["accuracy"]
+    assert line.pop("kind") == same.pop("kind")
+    assert line == pytest.approx(same, rel=1e-6)
+
+
 @pytest.mark.parametrize("course", [(1, 2, 1), pytest.param((1, 2, 4, 1), marks=pytest.mark.long)])
 def test_a_run_goes_on_with_another_number_of_processes(folder, batch_norm, course):
     name = "course_" + "_".join(map(str, course))
