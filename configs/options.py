@@ -101,6 +101,8 @@ class OptimOptions:
     """Train for exactly this many optimizer steps, whatever `--epochs` says."""
     batch_size: int = 32
     """GLOBAL batch size: samples in one optimizer step, over all processes."""
+    batch_size_schedule: tuple[str, ...] = ()
+    """Other global batch sizes, each with the epoch that it begins at (counted from 0): `30:512 60:1024`."""
     micro_batch_size: int = 64
     """Samples a process computes at once; a larger batch is accumulated from several."""
     auto_micro_batch: bool = False
@@ -240,10 +242,11 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
             )
         if self.split[0] == 0:
             raise ConfigError("--split leaves no share for training")
-        if (self.mixup or self.cutmix) and (self.batch_size % 2 or self.micro_batch_size % 2):
+        later = [size for _, size in milestones(self.batch_size_schedule)]
+        if (self.mixup or self.cutmix) and any(size % 2 for size in (self.batch_size, *later, self.micro_batch_size)):
             raise ConfigError(
-                f"--mixup and --cutmix pair samples: --batch_size {self.batch_size} and "
-                f"--micro_batch_size {self.micro_batch_size} must be even"
+                f"--mixup and --cutmix pair samples: --batch_size {' and '.join(map(str, [self.batch_size, *later]))} "
+                f"and --micro_batch_size {self.micro_batch_size} must be even"
             )
         if self.val_data_dir and not self.train_data_dir:
             raise ConfigError("--val_data_dir needs --train_data_dir")
@@ -284,6 +287,21 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
                 f"--resume {shown(self.resume)} names a run, and so does --experiment_name {self.experiment_name}",
                 fix="leave one of them out",
             )
+
+
+def milestones(words: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    """The epochs and sizes of `--batch_size_schedule`. Raises ConfigError where they are none."""
+    found: list[tuple[int, int]] = []
+    for word in words:
+        epoch, _, size = word.partition(":")
+        if not (epoch.isdecimal() and size.isdecimal() and len(word) < 20 and int(size) > 0):
+            raise ConfigError(
+                f"--batch_size_schedule has {shown(word)}", fix="give EPOCH:SIZE, whole numbers, for example 30:512"
+            )
+        if int(epoch) <= (found[-1][0] if found else 0):
+            raise ConfigError(f"--batch_size_schedule {shown(' '.join(words))}: its epochs must rise from 1 on")
+        found.append((int(epoch), int(size)))
+    return tuple(found)
 
 
 def nearest(name: str, names: list[str]) -> str:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from configs.errors import ConfigError, DataError
 from configs.options import Config
 from data.balance import rare_classes, repeats
+from data.batch_sizes import BatchSizes, check_shares
 from data.batches import ImageDataset
 from data.dataset import Data
 from data.order import Blocks, Draw, EvalOrder, Mixed, Resampled, Samples, Shuffled, TrainOrder
@@ -85,7 +86,11 @@ class OrderedLoader:
     def set_position(self, epoch: int, step_in_epoch: int) -> None:
         """Let the next iteration begin at this step. Nothing is decoded for what is skipped."""
         assert isinstance(self.order, (TrainOrder, SequentialTrainOrder)), "an evaluation has no epochs"
-        self.order.epoch, self.order.first_step = epoch, step_in_epoch
+        self.order.move_to(epoch, step_in_epoch)
+
+    def steps_of(self, epoch: int) -> int:
+        """Optimizer steps of a training epoch."""
+        return self.order.steps_of(epoch) if isinstance(self.order, TrainOrder) else self.steps_per_epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         batches = iter(self.loader)
@@ -169,15 +174,11 @@ def as_it_is(batch: Any) -> Any:
 
 def train_loader(config: Config, data: Data, process: int = 0, processes: int = 1) -> OrderedLoader:
     """Endless variety, fixed order. Raises ConfigError or DataError where no global batch can be formed."""
-    if config.batch_size % processes:
-        raise ConfigError(
-            f"--batch_size {config.batch_size} cannot be shared by {processes} processes",
-            fix="it is the batch of all processes together: choose a multiple of their number",
-        )
+    batch_sizes = BatchSizes.of(config)
+    check_shares(batch_sizes, processes)
     split = data.train
-    shares = {
+    shares: dict[str, Any] = {
         "seed": config.seed,
-        "batch_size": config.batch_size,
         "micro_batch_size": config.micro_batch_size,
         "process": process,
         "processes": processes,
@@ -186,20 +187,23 @@ def train_loader(config: Config, data: Data, process: int = 0, processes: int = 
     rare_C = None
     if isinstance(split.source, SequentialStream):
         assert config.max_steps is not None, "checked when the stream was opened"
+        if batch_sizes.later:
+            raise ConfigError("--batch_size_schedule needs to know how long an epoch is, and this stream does not tell")
         order = SequentialTrainOrder(
-            split.source, split.part, chunk_rows=config.shuffle_buffer, max_steps=config.max_steps, **shares
-        )
+            split.source, split.part, chunk_rows=config.shuffle_buffer, max_steps=config.max_steps,
+            batch_size=config.batch_size, **shares,
+        )  # fmt: skip
     else:
         samples = samples_of(config, data)
-        if samples.size < config.batch_size:
+        if samples.size < (largest := max(batch_sizes.all())):
             raise DataError(
-                f"{samples.size} training samples do not fill one global batch of {config.batch_size}"
+                f"{samples.size} training samples do not fill one global batch of {largest}"
                 + (f" on {processes} processes" if processes > 1 else ""),
                 where=data.name,
                 fix=f"lower --batch_size to at most {samples.size}"
                 + (" and start fewer processes" if samples.size < processes else ""),
             )
-        order = TrainOrder(samples, **shares)
+        order = TrainOrder(samples, batch_size=batch_sizes, **shares)
         if config.augment_rare != "none":
             rare_C = rare_classes(split.labels, len(data.classes))
     return loader(

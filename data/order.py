@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from data.batch_sizes import BatchSizes
+
 MASK = 0xFFFFFFFFFFFFFFFF
 GOLDEN, MULTIPLY_1, MULTIPLY_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -255,18 +257,27 @@ class TrainOrder:
         samples: Samples,
         *,
         seed: int,
-        batch_size: int,
+        batch_size: int | BatchSizes,
         micro_batch_size: int,
         process: int = 0,
         processes: int = 1,
     ):
-        if batch_size % processes:
-            raise ValueError(f"a global batch of {batch_size} samples cannot be shared by {processes} processes")
-        self.samples, self.seed, self.batch_size = samples, seed, batch_size
+        self.batch_sizes = BatchSizes(batch_size) if isinstance(batch_size, int) else batch_size
+        for size in self.batch_sizes.all():
+            if size % processes:
+                raise ValueError(f"a global batch of {size} samples cannot be shared by {processes} processes")
+        self.samples, self.seed, self.micro_batch_size = samples, seed, micro_batch_size
         self.process, self.processes = process, processes
-        self.micro_batch = even_parts(batch_size // processes, micro_batch_size)
-        self.steps_per_epoch = samples.size // batch_size
-        self.epoch = self.first_step = 0
+        self.move_to(0, 0)
+
+    def move_to(self, epoch: int, step: int) -> None:
+        """Let the next iteration begin there."""
+        self.epoch, self.first_step, self.batch_size = epoch, step, self.batch_sizes.at(epoch)
+        self.micro_batch = even_parts(self.batch_size // self.processes, self.micro_batch_size)
+        self.steps_per_epoch = self.steps_of(epoch)
+
+    def steps_of(self, epoch: int) -> int:
+        return self.samples.size // self.batch_sizes.at(epoch)
 
     def __iter__(self) -> Iterator[Draw]:
         share = self.batch_size // self.processes

@@ -126,7 +126,11 @@ class SequentialTrainOrder:
         self.share, self.process = batch_size // processes, process
         self.micro_batch = even_parts(self.share, micro_batch_size)
         self.steps_per_epoch = max_steps
-        self.epoch = self.first_step = 0
+        self.move_to(0, 0)
+
+    def move_to(self, epoch: int, step: int) -> None:
+        """Let the next iteration begin there."""
+        self.epoch, self.first_step = epoch, step
 
     def __iter__(self) -> Iterator[Draw]:
         every = (

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.options import Config
+from data.batch_sizes import BatchSizes
 from data.dataset import Data
 from data.order import even_parts
 from scripts import logins
@@ -53,7 +54,8 @@ def check(config: Config) -> int:
         config = replace(config, mixed_precision=accelerator.mixed_precision)  # as build_trainer will
         report = Report(accelerator.num_processes, shown=accelerator.is_main_process)
         with scratch_folder(run_folder.find(config).parent, accelerator) as folder:
-            trial = replace(config, output_dir=str(folder), **OFF)
+            largest = max(BatchSizes.of(config).all())
+            trial = replace(config, output_dir=str(folder), batch_size=largest, batch_size_schedule=(), **OFF)
             trainer, data, notes = build_trainer(trial, timed)
             left: int | None = None  # steps
             if trainer.is_main:

@@ -116,10 +116,10 @@ def recording(number: int, window_start: int, processes: int) -> Adapt:
 
 
 def as_logged(values: list[float], counts: list[int], processes: int) -> list[tuple[float, int]]:
-    """Means and counts as a log line sums them up: several processes first meet, micro-batch by micro-batch, in
-    float32."""
+    """Means and counts as a log line sums them up, in float32; several processes first meet, micro-batch by
+    micro-batch."""
     if processes == 1:
-        return list(zip(values, counts))
+        return list(zip(torch.tensor(values).float().tolist(), counts))
     counts_PM = torch.tensor(counts).view(processes, -1)
     sums_M = (torch.tensor(values).float().view(processes, -1) * counts_PM.float()).sum(0)
     return [(total / count, count) for total, count in zip(sums_M.tolist(), counts_PM.sum(0).tolist())]
@@ -135,7 +135,7 @@ def cut_as_by(trainer: BaseTrainer, processes: int) -> None:
         order = AllProcesses(
             order.samples,
             seed=config.seed,
-            batch_size=config.batch_size,
+            batch_size=order.batch_sizes,
             micro_batch_size=config.micro_batch_size,
             processes=processes,
         )

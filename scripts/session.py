@@ -22,6 +22,7 @@ from scripts.report import leave
 from scripts.wiring import build_trainer, device_name, outline
 from trainer import signals
 from trainer.base_trainer import BaseTrainer
+from trainer.optim import peak_lr
 
 EXIT_CODES = {"done": 0, "preempted": 75}
 
@@ -57,12 +58,11 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
         f"{name} {len(split):,}" if split.counted else f"{name} ?" for name, split in splits if split is not None
     )
     sizes += f" · test {data.held_out:,}" if data.held_out else ""
-    dropped = left_out_each_epoch(trainer.train_loader, config.batch_size)
-    length = (
-        f"{config.max_steps:,} steps"
-        if config.max_steps
-        else f"{config.epochs} epochs of {trainer.steps_per_epoch:,} steps"
-    )
+    dropped = left_out_each_epoch(trainer.train_loader, trainer.batch_size)
+    later = "".join(f", {size} from epoch {epoch + 1} on" for epoch, size in trainer.batch_sizes.later)
+    length = f"{config.epochs} epochs of {trainer.steps_per_epoch:,} steps"
+    if config.max_steps or later:
+        length = ("" if config.max_steps else f"{config.epochs} epochs, ") + f"{trainer.total_steps:,} steps"
     accumulated = -(-trainer.batch_share // micro)
     model = outline(config, data) if trainer.sharded or config.sync_batch_norm else trainer.plain_model
     print(f"run       {trainer.run.path}")
@@ -72,14 +72,14 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     for line in sampling_lines(config, data):
         print(f"          {line}")
     print(
-        f"training  {length}, batch {config.batch_size} = "
-        f"{accelerator.num_processes} process(es) x {accumulated} x {micro}"
-        + (f"; {dropped} samples sit out each epoch" if dropped else "")
+        f"training  {length}, batch {trainer.batch_size} = "
+        f"{accelerator.num_processes} process(es) x {accumulated} x {micro}{later}"
+        + (f"; {dropped} samples sit out each epoch" if dropped and not later else "")
     )
     if named := made_of_what_is_computed_at_once(trainer.plain_model):
         print(f"          {named}: the {micro} images computed at once are part of the result")
     print(
-        f"          {config.optimizer}, lr {trainer.peak_lr:g}, {config.scheduler}"
+        f"          {config.optimizer}, lr {peak_lr(config, trainer.batch_size):g}, {config.scheduler}"
         + (f", ema {config.ema_decay:g}" if trainer.ema else "")
     )
     print(

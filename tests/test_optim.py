@@ -13,7 +13,7 @@ from trainer.optim import build_optimizers, clip_gradients, lr_factor
 
 def factors(steps: int, steps_per_epoch: int = 5, **options) -> list[float]:
     config = make_config(**options)
-    return [lr_factor(s, config, total_steps=steps, steps_per_epoch=steps_per_epoch) for s in range(steps)]
+    return [lr_factor(s, config, total_steps=steps, epoch=s / steps_per_epoch) for s in range(steps)]
 
 
 def torch_factors(make, steps: int, every: int = 1) -> list[float]:

@@ -279,5 +279,5 @@ def test_the_hub_is_asked_who_we_are_and_whether_we_may_write(tmp_path):
 def test_check_is_no_part_of_a_run(tmp_path):
     from trainer.run_folder import saved_yaml
 
-    assert "check" not in saved_yaml(make_config(check=True))
+    assert "\ncheck:" not in saved_yaml(make_config(check=True))
     assert json.dumps(saved_yaml(make_config(check=True))) == json.dumps(saved_yaml(make_config()))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from configs.errors import ConfigError, DataError, Diverged, UserError
 from configs.options import Config
+from data.batch_sizes import BatchSizes, check_shares
 from data.order import Use, mix, seed_device
 from trainer import checkpoint, reporting, run_folder, saving, sharding, signals, starting
 from trainer.bad_samples import BadSamples, ReportingLoader
@@ -35,7 +36,7 @@ from trainer.processes import Processes
 from trainer.progress import Clock, EpochBar, Table
 from trainer.state import TrainState
 from trainer.trackers import FINISH_SECONDS, STOPPED_SECONDS, Tracker
-from trainer.windows import NO_WINDOW, Batch, PositionedLoader, Window, as_dict, count_steps, grouped, samples_in
+from trainer.windows import NO_WINDOW, Batch, EpochLengths, PositionedLoader, Window, as_dict, grouped, samples_in
 
 
 class BaseTrainer(ABC):
@@ -60,12 +61,8 @@ class BaseTrainer(ABC):
         self.is_main = self.accelerator.is_main_process
         self.processes = Processes(self.accelerator)
         self.reduce = self.processes.reduce
-        if config.batch_size % self.processes.number:
-            raise ConfigError(
-                f"--batch_size {config.batch_size} cannot be shared by {self.processes.number} processes",
-                fix="it is the batch of all processes together: choose a multiple of their number",
-            )
-        self.batch_share = config.batch_size // self.processes.number
+        self.batch_sizes = BatchSizes.of(config)
+        check_shares(self.batch_sizes, self.processes.number)
 
         from_main = self.processes.from_main
         self.run = run_folder.RunFolder(from_main(lambda: run_folder.find(config)), writes=self.is_main)
@@ -100,12 +97,12 @@ class BaseTrainer(ABC):
         self.batch_statistics = BatchStatistics(self.plain_model, self.reduce)
         self.saver = saving.Saver(self)
         self.window = NO_WINDOW
-        self.lr, self.peak_lr = 0.0, peak_lr(config, config.batch_size)
+        self.lr = 0.0
         self.grad_norm: Tensor | None = None
         self.clock = Clock()
         self.session_steps = 0
-        self.steps_per_epoch = count_steps(train_loader, self.batch_share, config.max_steps)
-        self.total_steps = config.max_steps or self.steps_per_epoch * config.epochs
+        self.epoch_lengths = EpochLengths(train_loader, self.batch_sizes, self.processes.number, config.max_steps)
+        self.total_steps = config.max_steps or self.epoch_lengths.total(config.epochs)
         self.exhausted = False  # the loader has given all of its epoch
         starting.check_lengths(self)
         self.trackers: list[Tracker] = []
@@ -208,6 +205,19 @@ class BaseTrainer(ABC):
         except signals.Preempted as stop:
             return "preempted", stop.reason
         return "done", ""
+
+    @property
+    def batch_size(self) -> int:
+        """Of all processes together, in this epoch."""
+        return self.batch_sizes.at(self.state.epoch)
+
+    @property
+    def batch_share(self) -> int:
+        return self.batch_size // self.processes.number
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.epoch_lengths.of(self.state.epoch)
 
     @property
     def finished(self) -> bool:
@@ -328,7 +338,7 @@ class BaseTrainer(ABC):
         if self.reduce is None:
             return mine
         if isinstance(loader, PositionedLoader) and type(self).count is BaseTrainer.count:
-            return self.config.batch_size
+            return self.batch_size
         return self.reduce(torch.as_tensor(mine, dtype=torch.float32, device=self.device))
 
     def micro_batches(self, window: Window) -> Iterator[Batch]:
@@ -374,7 +384,7 @@ class BaseTrainer(ABC):
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
         self.grad_norm = clip_gradients(self.parameters, config.grad_clip)
-        self.lr = self.peak_lr * self.lr_factor()
+        self.lr = peak_lr(config, self.batch_size) * self.lr_factor()
         if self.nonfinite.allows_update(self.grad_norm):
             # the optimizers themselves: Accelerate's wrappers look for an optional package at every step, 139 us
             for optimizer in self.optimizers:
@@ -394,9 +404,8 @@ class BaseTrainer(ABC):
     def lr_factor(self) -> float:
         if self.config.scheduler == "plateau" and self.state.step >= self.config.warmup_steps:
             return self.state.plateau_factor
-        return lr_factor(
-            self.state.step, self.config, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
-        )
+        epoch = self.state.epoch + self.state.step_in_epoch / self.steps_per_epoch
+        return lr_factor(self.state.step, self.config, total_steps=self.total_steps, epoch=epoch)
 
     def after_step(self, bar: EpochBar) -> bool:
         """A step's log line and checkpoint where they are due; True where training stops here."""

@@ -96,7 +96,7 @@ class MainTrainer(BaseTrainer):
             seed=config.seed,
             step=self.state.step,
             offset=batch["offset"],
-            batch_size=config.batch_size,
+            batch_size=self.batch_size,
         )
 
     @property

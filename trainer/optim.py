@@ -91,8 +91,8 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Te
     return norm
 
 
-def lr_factor(step: int, config: Config, *, total_steps: int, steps_per_epoch: int) -> float:
-    """What the peak learning rate is multiplied by in the update that follows `step` updates.
+def lr_factor(step: int, config: Config, *, total_steps: int, epoch: float) -> float:
+    """What the peak learning rate is multiplied by in the update that follows `step` updates and `epoch` epochs.
 
     cosine and one_cycle are those of torch (one_cycle: 30 % up from 1/25, then down to 4e-6, all cosine);
     step and exponential fall by --decay_factor every --decay_epochs epochs, or smoothly every epoch.
@@ -108,9 +108,9 @@ def lr_factor(step: int, config: Config, *, total_steps: int, steps_per_epoch: i
     if config.scheduler == "cosine":
         return cosine_between(1.0, 0.0, (step - warmup) / max(1, total_steps - warmup))
     if config.scheduler == "step":
-        return config.decay_factor ** (step // steps_per_epoch // config.decay_epochs)
+        return config.decay_factor ** (int(epoch) // config.decay_epochs)
     if config.scheduler == "exponential":
-        return config.decay_factor ** (step / steps_per_epoch)
+        return config.decay_factor**epoch
     return 1.0
 
 

@@ -54,10 +54,11 @@ def check_lengths(trainer: BaseTrainer) -> None:
         raise ConfigError(
             f"--warmup_steps {config.warmup_steps} must be less than the run's {trainer.total_steps} steps"
         )
-    if (config.mixup or config.cutmix) and trainer.batch_share % 2:
+    shares = [size // trainer.processes.number for size in trainer.batch_sizes.all()]
+    if (config.mixup or config.cutmix) and any(share % 2 for share in shares):
         raise ConfigError(
-            f"--mixup and --cutmix pair samples, and each process has {trainer.batch_share} of --batch_size "
-            f"{config.batch_size}",
+            f"--mixup and --cutmix pair samples, and each process has {' and '.join(map(str, shares))} of --batch_size "
+            f"{' and '.join(map(str, trainer.batch_sizes.all()))}",
             fix="choose a batch size that is twice a multiple of the processes",
         )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from configs.errors import ConfigError
+from data.batch_sizes import BatchSizes
 
 Batch = dict[str, Any]
 
@@ -64,6 +65,22 @@ def grouped(loader: Iterable[Any], samples_per_window: int) -> Iterator[list[Bat
             batches, samples = [], 0
     if batches:
         yield batches
+
+
+class EpochLengths:
+    """Optimizer steps of each epoch. Raises ConfigError where the loader does not tell what is needed."""
+
+    def __init__(self, loader: Any, batch_sizes: BatchSizes, processes: int, max_steps: int | None):
+        self.steps_of = getattr(loader, "steps_of", None) if batch_sizes.later else None
+        if batch_sizes.later and self.steps_of is None:
+            raise ConfigError("--batch_size_schedule needs a loader that forms the batches itself, as data/loader.py's")
+        self.steps = 0 if self.steps_of else count_steps(loader, batch_sizes.first // processes, max_steps)
+
+    def of(self, epoch: int) -> int:
+        return self.steps_of(epoch) if self.steps_of else self.steps
+
+    def total(self, epochs: int) -> int:
+        return sum(map(self.of, range(epochs))) if self.steps_of else self.steps * epochs
 
 
 def count_steps(loader: Iterable[Any] | None, samples_per_window: int, max_steps: int | None) -> int:
