@@ -64,12 +64,16 @@ def test_batches_and_learning_rate_follow_the_schedule(whole):
     )
 
 
-def test_a_run_with_a_schedule_goes_on_anywhere_with_other_processes(folder, whole):
+@pytest.mark.parametrize(
+    "course",
+    [[(50, 2), (0, 1)], pytest.param([(20, 1), (24, 2), (16, 1), (30, 4), (0, 1)], marks=pytest.mark.long)],
+)
+def test_a_run_with_a_schedule_goes_on_anywhere_with_other_processes(folder, whole, course):
     """Stopped within an epoch of each size, and at the end of one."""
-    for steps, processes in [(20, 2), (24, 1), (16, 2), (0, 1)]:
+    for steps, processes in course:
         stop = ["--stop_after_steps", str(steps)] if steps else []
         flags = [*ANY_CUT, "--dtype", "float64", *SCHEDULE, *stop]
-        run = train(folder, "parts", *flags, processes=processes)
+        run = train(folder, f"parts_{len(course)}", *flags, processes=processes)
     check_alike(whole, run, 1e-9)
 
 

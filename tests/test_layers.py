@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "configs": set(),
     "models": set(),
     "data": {"configs"},
-    "trainer": {"configs", "data.order"},
+    "trainer": {"configs", "data.order", "data.batch_sizes"},
     "scripts": {"configs", "data", "models", "trainer", "scripts"},
 }
 OPTIONAL = {"wandb", "tensorboard", "timm", "datasets"}

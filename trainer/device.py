@@ -64,7 +64,8 @@ def make_accelerator(config: Config) -> Accelerator:
 
 def ddp_options(config: Config, model: nn.Module) -> DistributedDataParallelKwargs:
     """DDP need not send the buffers around at every forward where only BatchNorm's change, which are kept equal."""
-    constant = {id(buffer) for name, buffer in model.named_buffers() if name not in model.state_dict()}
+    saved = model.state_dict().keys()
+    constant = {id(buffer) for name, buffer in model.named_buffers() if name not in saved}
     of_norms = {id(b) for module in model.modules() if isinstance(module, _NormBase) for b in module.buffers()}
     others = any(id(buffer) not in constant | of_norms for buffer in model.buffers())
     return DistributedDataParallelKwargs(broadcast_buffers=others, find_unused_parameters=config.find_unused_parameters)

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from configs.errors import ConfigError
 from configs.options import Config
 from configs.yaml_file import read_yaml
+from data.batch_sizes import BatchSizes
 from data.order import even_parts
 from trainer import run_folder
 from trainer.optim import build_optimizers
@@ -28,10 +29,11 @@ def found_or_recorded(config: Config, model: nn.Module, images: tuple[int, int, 
     images: channels, height and width of one.
     """
     recorded = run_folder.find(config) / "config.yaml"
-    if recorded.is_file():
-        return int(read_yaml(recorded)["micro_batch_size"])
+    (known,) = broadcast_object_list([read_yaml(recorded)["micro_batch_size"] if recorded.is_file() else None])
+    if known:
+        return int(known)
     check_memory_can_be_tried(accelerator)
-    share = config.batch_size // accelerator.num_processes
+    share = max(BatchSizes.of(config).all()) // accelerator.num_processes
     found = min(gather_object([largest(share, lambda size: fits(config, model, images, size, accelerator))]))
     if not found:
         raise ConfigError("not even the smallest micro-batch fits into the GPU's memory", fix="a smaller --image_size")
