@@ -86,7 +86,7 @@ class ModelOptions:
     gradient_checkpointing: bool = False
     """Keep only the inputs of the model's blocks, and compute the rest twice: less memory, more time, same result."""
     sync_batch_norm: bool = False
-    """BatchNorm over what all processes compute at once, on GPUs."""
+    """BatchNorm over what all processes compute at once, on GPUs; their number is part of the result then."""
     channels_last: bool = False
     """Store image tensors with the channels last: faster on recent GPUs."""
     ema_decay: float = 0.0

@@ -32,7 +32,8 @@ class BatchSizes(NamedTuple):
 def check_shares(batch_sizes: BatchSizes, processes: int) -> None:
     for size in batch_sizes.all():
         if size % processes:
+            flag = "--batch_size" if size == batch_sizes.first else "--batch_size_schedule"
             raise ConfigError(
-                f"--batch_size {size} cannot be shared by {processes} processes",
+                f"{flag} {size} cannot be shared by {processes} processes",
                 fix="it is the batch of all processes together: choose a multiple of their number",
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -71,7 +72,7 @@ class OrderedLoader:
             batch_sampler=self.draws,  # type: ignore[arg-type]  # of Draws, which the dataset's __getitems__ takes
             collate_fn=as_it_is,
             num_workers=num_workers,
-            worker_init_fn=partial(outlive_a_signal, os.getpid()),
+            worker_init_fn=partial(outlive_a_signal, os.getpid(), multiprocessing.get_start_method() == "fork"),
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # the loader's own seed is not used: keep it from the global generator
@@ -150,18 +151,18 @@ class OrderedLoader:
         self.bad.append(BadSample(place, self.stream.name(place), reason))
 
 
-def outlive_a_signal(parent: int, worker: int) -> None:
+def outlive_a_signal(parent: int, forked: bool, worker: int) -> None:
     """In a loader process: a signal to the whole group is left to the process that trains, which needs its loaders to
     come to a good end. SIGTERM is obeyed when it comes from there."""
     if hasattr(signal, "sigwaitinfo"):  # not on a Mac
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
-        threading.Thread(target=obey_parent, args=(parent,), daemon=True).start()
+        threading.Thread(target=obey_parent, args=(parent, forked), daemon=True).start()
 
 
-def obey_parent(parent: int) -> None:
+def obey_parent(parent: int, forked: bool) -> None:
     """End with it as well. torch's own watch asks who the parent is when the loader begins: too late for one that was
     killed right after the fork."""
-    while os.getppid() == parent:
+    while os.getppid() == parent or not forked:
         told = signal.sigtimedwait((signal.SIGTERM,), PARENT_SECONDS)
         if told and told.si_pid == parent:
             break
@@ -200,7 +201,7 @@ def train_loader(config: Config, data: Data, process: int = 0, processes: int = 
                 f"{samples.size} training samples do not fill one global batch of {largest}"
                 + (f" on {processes} processes" if processes > 1 else ""),
                 where=data.name,
-                fix=f"lower --batch_size to at most {samples.size}"
+                fix=f"lower --batch_size{'_schedule' if batch_sizes.later else ''} to at most {samples.size}"
                 + (" and start fewer processes" if samples.size < processes else ""),
             )
         order = TrainOrder(samples, batch_size=batch_sizes, **shares)

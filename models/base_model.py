@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 
+from models.blocks import blocks
+
 
 class ModelError(ValueError):
     """A model that cannot be built or loaded as asked; the message says what to do."""
@@ -50,6 +52,11 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
         self.image_size: int | None = None
         self.register_buffer("mean_C11", torch.zeros(1, 1, 1), persistent=False)
         self.register_buffer("std_C11", torch.ones(1, 1, 1), persistent=False)
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """What Accelerate asks of a model: the classes of blocks that FSDP gathers as a whole."""
+        return sorted({type(block).__name__ for block in blocks(self) if type(block) is not nn.Sequential})
 
     @abstractmethod
     def forward(self, images_BCHW: Tensor) -> Any: ...

@@ -1,5 +1,6 @@
 """Gradient checkpointing (Chen et al. 2016, "Training deep nets with sublinear memory cost"): a block keeps its input
-alone and computes the rest again in the backward pass. The result is the same to the last bit."""
+alone and computes the rest again in the backward pass. The result is the same to the last bit, unless a module other
+than BatchNorm changes a buffer in its forward: it would do so twice."""
 
 from __future__ import annotations
 
@@ -15,9 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from models.base_model import ModelError
-
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-AS_THEY_LIE = (nn.Sequential.forward, nn.ModuleList.forward)  # other containers may do more with what they hold
+from models.blocks import blocks
 
 
 def recompute_blocks(model: nn.Module) -> None:
@@ -29,19 +28,7 @@ def recompute_blocks(model: nn.Module) -> None:
             "layers of their own in an nn.Sequential or nn.ModuleList"
         )
     for block in found:
-        norms = [module for module in block.modules() if isinstance(module, _NormBase)]
-        block.forward = functools.partial(keeping_little, block.forward, norms)  # unlike a function, copied with it
-
-
-def blocks(module: nn.Module, *, contained: bool = False) -> Iterator[nn.Module]:
-    """The outermost modules in containers that have layers of their own: a ResNet's bottlenecks, a ViT's encoders."""
-    children = list(module.children())
-    container = isinstance(module, CONTAINERS) and type(module).forward in AS_THEY_LIE
-    if contained and children and not (container and all(list(child.children()) for child in children)):
-        yield module
-        return
-    for child in children:
-        yield from blocks(child, contained=container)
+        block.forward = functools.partial(keeping_little, block, block.forward)  # unlike a function, copied with it
 
 
 def recomputed(model: nn.Module) -> list[nn.Module]:
@@ -58,23 +45,25 @@ def computing_once(model: nn.Module) -> nn.Module:
     return plain
 
 
-def keeping_little(forward: Callable[..., Any], norms: list[_NormBase], *given: Any, **named: Any) -> Any:
+def keeping_little(block: nn.Module, forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*given, **named)
-    contexts = functools.partial(first_and_second, norms)
+    contexts = functools.partial(first_and_second, block)
     return checkpoint(forward, *given, use_reentrant=False, context_fn=contexts, **named)
 
 
-def first_and_second(norms: list[_NormBase]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), statistics_stand_still(norms)
+def first_and_second(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), statistics_stand_still(block)
 
 
 @contextmanager
-def statistics_stand_still(norms: list[_NormBase]) -> Iterator[None]:
+def statistics_stand_still(block: nn.Module) -> Iterator[None]:
     """BatchNorm would move its running statistics in the second computation, too."""
+    norms = [module for module in block.modules() if isinstance(module, _NormBase)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum = 0.0
+        norm.num_batches_tracked = norm.num_batches_tracked.clone() if norm.num_batches_tracked is not None else None
     try:
         yield
     finally:

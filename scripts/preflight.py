@@ -25,14 +25,13 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.options import Config
-from data.batch_sizes import BatchSizes
 from data.dataset import Data
 from data.order import even_parts
 from scripts import logins
 from scripts.audit import classes_found, pictures_found
 from scripts.report import met_by_all, told
 from scripts.wiring import build_model, build_trainer
-from trainer import checkpoint, run_folder, saving, signals, starting
+from trainer import checkpoint, micro_batch, run_folder, saving, signals, starting
 from trainer.base_trainer import BaseTrainer
 from trainer.device import make_accelerator
 from trainer.sharding import part
@@ -54,9 +53,12 @@ def check(config: Config) -> int:
         config = replace(config, mixed_precision=accelerator.mixed_precision)  # as build_trainer will
         report = Report(accelerator.num_processes, shown=accelerator.is_main_process)
         with scratch_folder(run_folder.find(config).parent, accelerator) as folder:
-            largest = max(BatchSizes.of(config).all())
-            trial = replace(config, output_dir=str(folder), batch_size=largest, batch_size_schedule=(), **OFF)
+            if config.auto_micro_batch and (known := micro_batch.recorded(config)):
+                config = replace(config, micro_batch_size=known, auto_micro_batch=False)
+            trial = replace(config, output_dir=str(folder), **OFF)
             trainer, data, notes = build_trainer(trial, timed)
+            config = replace(config, micro_batch_size=trainer.config.micro_batch_size, auto_micro_batch=False)
+            trainer.state.epoch = epoch_of_the_largest_batch(trainer)
             left: int | None = None  # steps
             if trainer.is_main:
                 left = report.check("run folder", lambda: run_folder_found(config, trainer.total_steps, report))
@@ -81,6 +83,11 @@ def check(config: Config) -> int:
             print(f"\n{failed} of {report.checks} checks failed" if failed else f"\nall {report.checks} checks passed")
         accelerator.end_training()
     return min(1, failed)
+
+
+def epoch_of_the_largest_batch(trainer: BaseTrainer) -> int:
+    first, later = trainer.batch_sizes
+    return max([(first, 0), *((size, -epoch) for epoch, size in later)])[1] * -1
 
 
 class Report:

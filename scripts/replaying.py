@@ -52,6 +52,8 @@ def replay(run: Path, number: int, config: Config, processes: int | None = None)
     run = run.resolve()
     written = read(run, number)
     processes = processes or written.environment.get("processes", 1)
+    if config.sync_batch_norm and processes > 1:
+        raise ConfigError("--sync_batch_norm computed over all processes at once, which a replay, being one, cannot")
     with tempfile.TemporaryDirectory(prefix="replay-", ignore_cleanup_errors=True) as folder, signals.at_once():
         begun = set_up(run, number, Path(folder) / "replay")
         print(f"replay    {run.name}: {f'from the checkpoint of step {begun}' if begun else 'from the beginning'}")

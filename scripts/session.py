@@ -59,7 +59,11 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     )
     sizes += f" · test {data.held_out:,}" if data.held_out else ""
     dropped = left_out_each_epoch(trainer.train_loader, trainer.batch_size)
-    later = "".join(f", {size} from epoch {epoch + 1} on" for epoch, size in trainer.batch_sizes.later)
+    later = "".join(
+        f", {size} from epoch {epoch + 1} on"
+        for epoch, size in trainer.batch_sizes.later
+        if epoch > trainer.state.epoch
+    )
     length = f"{config.epochs} epochs of {trainer.steps_per_epoch:,} steps"
     if config.max_steps or later:
         length = ("" if config.max_steps else f"{config.epochs} epochs, ") + f"{trainer.total_steps:,} steps"
@@ -77,7 +81,8 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
         + (f"; {dropped} samples sit out each epoch" if dropped and not later else "")
     )
     if named := made_of_what_is_computed_at_once(trainer.plain_model):
-        print(f"          {named}: the {micro} images computed at once are part of the result")
+        at_once = micro * (accelerator.num_processes if config.sync_batch_norm else 1)
+        print(f"          {named}: the {at_once} images computed at once are part of the result")
     print(
         f"          {config.optimizer}, lr {peak_lr(config, trainer.batch_size):g}, {config.scheduler}"
         + (f", ema {config.ema_decay:g}" if trainer.ema else "")

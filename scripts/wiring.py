@@ -75,9 +75,8 @@ def build_model(config: Config, data: Data) -> BaseModel:
 
 
 def outline(config: Config, data: Data) -> BaseModel:
-    """The model without memory, to be measured where a process has only parts of the real one."""
-    with torch.device("meta"):
-        return build_model(replace(config, weights=None), data)
+    """The model as it was built, to be measured where a process has only parts of the real one."""
+    return build_model(replace(config, weights=None), data)
 
 
 def build_trainer(config: Config, adapt: Adapt = lambda task: task) -> tuple[BaseTrainer, Data, list[str]]:

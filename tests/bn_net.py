@@ -18,14 +18,19 @@ from torch import Tensor, nn
 from models import MODELS, BaseModel
 
 
+class Block(nn.Sequential):
+    pass
+
+
 class BatchNormNet(BaseModel):
     def __init__(self, num_classes: int, in_channels: int = 3, image_size: int = 32, dropout: float = 0.1):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(in_channels, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            Block(nn.Conv2d(in_channels, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+            Block(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
+            nn.Flatten(),
             nn.Dropout(dropout),
-        )  # fmt: skip
+        )
         self.head = nn.Linear(32, num_classes)
 
     @property

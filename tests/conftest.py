@@ -34,10 +34,10 @@ def run_script(
     return done
 
 
-# What accelerate_configs/fsdp2.yaml makes of the environment, for tests/bn_net.py; with a size for small models.
+# What accelerate_configs/fsdp2.yaml makes of the environment, for tests/bn_net.py.
 FSDP = {
     "FSDP_ON_CPU": "1", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "1000",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from data.order import Shuffled, TrainOrder
 from tests.conftest import lines_of, run_script
 from tests.test_scale import ANY_CUT, check_alike, train
 from tests.tiny import tiny_batches, tiny_trainer
+from trainer.windows import EpochLengths
 
 SCHEDULE = "--batch_size_schedule 1:64 3:96 --max_steps 95 --lr_scale linear --save_every_steps 10".split()
 ENDS = [44, 66, 88, 95]  # of the epochs: 1,438 samples by 32, 64, 64 and, cut short, 96
@@ -41,6 +42,14 @@ def test_an_epoch_gives_the_same_samples_in_larger_batches(processes):
             assert order.steps_per_epoch == order.steps_of(epoch) == steps
             found.append(np.concatenate([draw.ids for draw in order]).reshape(steps, size // processes))
         assert np.array_equal(np.concatenate(found, 1), wanted)
+
+
+def test_micro_batches_and_the_length_of_a_run_follow_the_batch():
+    order = TrainOrder(Shuffled(np.arange(100), 0), seed=0, batch_size=BatchSizes(10, ((1, 20),)), micro_batch_size=64)
+    for epoch, size in [(0, 10), (1, 20), (0, 10)]:
+        order.move_to(epoch, 0)
+        assert {len(draw.ids) for draw in order} == {size}
+    assert EpochLengths(order, order.batch_sizes, 1, None).total(3) == 10 + 5 + 5
 
 
 @pytest.fixture(scope="module")

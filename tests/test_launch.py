@@ -139,6 +139,9 @@ def test_the_fsdp_file_shards_and_computes_in_the_precision_of_the_run(tmp_path)
         assert ("sharded by FSDP2" in done.stdout) == (command is two)
     sharded, plain = (lines_of(tmp_path / name, "epoch", "val") for name in ("two", "one"))
     assert sharded[-1]["loss"] == pytest.approx(plain[-1]["loss"], rel=1e-3)
+    first = [lines_of(tmp_path / name, "train")[0] for name in ("two", "one")]
+    assert first[0]["step"] == 1
+    assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-5)  # in float32 it is 1e-3 away
     weights = [load_file(tmp_path / name / "best" / "model.safetensors") for name in ("two", "one")]
     assert all(weights[0][name].dtype == value.dtype for name, value in weights[1].items())
 

@@ -71,7 +71,7 @@ DRIVER = """
 import os, sys
 sys.path.insert(0, {root!r})
 from trainer import micro_batch
-holds = int(sys.argv.pop(1)) + int(os.environ.get("RANK", "0"))
+holds = int(sys.argv.pop(1)) * (1 + int(os.environ.get("RANK", "0")))
 micro_batch.check_memory_can_be_tried = lambda accelerator: None
 micro_batch.fits = lambda config, model, images, size, accelerator: size <= holds
 from scripts.train import main

@@ -94,13 +94,23 @@ def test_sharded_weights_change_nothing(folder, batch_norm):
     assert names[0] == names[1]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["swin_t", "vit_b_16", "convnext_tiny", "regnet_y_400mf"])
+def test_models_of_torchvision_are_sharded_block_by_block(folder, model):
+    """Also those whose layers are used past their forward, as in Swin's attention."""
+    flags = ["--model", model, "--max_steps", "2", "--warmup_steps", "0", "--batch_size", "4", "--image_size", "32"]
+    one, other = train(folder, model, *flags), train(folder, f"{model}_2", *flags, processes=2, sharded=True)
+    (line,), (same,) = lines_of(one, "epoch"), lines_of(other, "epoch")
+    assert line["loss"] == pytest.approx(same["loss"], rel=1e-2)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.long)])
 def test_a_sharded_run_goes_on_unsharded_and_back(folder, optimizer):
-    """Sharded on 2 processes, then 1, then sharded on 2 again; with AdamW also 2 that are not sharded."""
+    """One process, then 2 that are sharded, then 1; with AdamW also 2 that are not sharded, and sharded again."""
     flags = [*BATCH_NORM, *"--dtype float64 --max_steps 80 --optimizer".split(), optimizer]
     whole = train(folder, f"whole_{optimizer}", *flags)
-    others = [(20, 2, False)] if optimizer == "adamw" else []
-    for steps, processes, sharded in [(20, 2, True), (20, 1, False), *others, (0, 2, True)]:
+    more = [(10, 2, False), (10, 2, True), (10, 2, True)] if optimizer == "adamw" else []
+    for steps, processes, sharded in [(20, 1, False), (20, 2, True), *more, (0, 1, False)]:
         stop = ["--stop_after_steps", str(steps)] if steps else []
         run = train(folder, f"parts_{optimizer}", *flags, *stop, processes=processes, sharded=sharded)
     check_alike(whole, run, 1e-9)

@@ -87,7 +87,7 @@ def test_a_run_outlives_what_reads_its_output(tmp_path, number):
 
 
 def test_a_loader_whose_parent_was_killed_before_it_began_ends():
-    code = "import os, time; from data.loader import outlive_a_signal; outlive_a_signal(os.getpid(), 0); time.sleep(60)"
+    code = "import os, time; from data.loader import outlive_a_signal as o; o(os.getpid(), True, 0); time.sleep(60)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=50, check=False)
     assert done.returncode == 0  # its parent is not the process that was named
 

@@ -76,10 +76,11 @@ class BaseTrainer(ABC):
             model = with_synced_norms(model, self.device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        self.plain_model = model.to(self.device)
         self.sharded = self.accelerator.is_fsdp2
+        self.plain_model = model if self.sharded else model.to(self.device)  # FSDP moves part by part
         self.optimizers = build_optimizers(self.plain_model, config, sharded=self.sharded)
-        self.accelerator.ddp_handler = ddp_options(config, self.plain_model)
+        if self.accelerator.ddp_handler is None:
+            self.accelerator.ddp_handler = ddp_options(config, self.plain_model)
         self.model, *_ = self.accelerator.prepare(self.plain_model, *self.optimizers)
         if self.sharded:
             sharding.compute_in_precision(self.plain_model, self.accelerator)

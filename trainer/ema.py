@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from trainer.sharding import distributed, part, whole
 
@@ -25,6 +26,7 @@ class WeightAverage:
         live = {id(t): part(t.detach()) for t in tensors.values() if t.is_floating_point()}  # tied weights once
         average = {key: t.clone() for key, t in live.items()}
         self.average = {name: average[id(tensors[name])] for name in self.tensors}  # this process's part of them
+        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._live, self._average = list(live.values()), list(average.values())
 
     @torch.no_grad()
@@ -39,11 +41,18 @@ class WeightAverage:
         with torch.no_grad():
             kept = [t.clone() for t in self._live]
             torch._foreach_copy_(self._live, self._average)
+        self.gather_anew()
         try:
             yield
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(self._live, kept)
+            self.gather_anew()
+
+    def gather_anew(self) -> None:
+        """FSDP may keep what it gathered for the last forward."""
+        for module in self._sharded:
+            module.reshard()
 
     def state_dict(self, *, keep: bool = True) -> dict[str, Tensor]:
         """All that the model's own state dict holds, averaged. Where weights are sharded every process calls it, and

@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_leaves
 from configs.errors import ConfigError
 from configs.options import Config
 from configs.yaml_file import read_yaml
-from data.batch_sizes import BatchSizes
+from data.batch_sizes import BatchSizes, check_shares
 from data.order import even_parts
 from trainer import run_folder
 from trainer.optim import build_optimizers
 
+TOO_MUCH = ("ALLOC_FAILED", "out of memory", "32-bit")
 SPARE = 0.1  # of the GPU's memory, for what a run adds: NCCL's buffers, fragments, an evaluation
 
 
@@ -28,16 +29,21 @@ def found_or_recorded(config: Config, model: nn.Module, images: tuple[int, int, 
 
     images: channels, height and width of one.
     """
-    recorded = run_folder.find(config) / "config.yaml"
-    (known,) = broadcast_object_list([read_yaml(recorded)["micro_batch_size"] if recorded.is_file() else None])
+    (known,) = broadcast_object_list([recorded(config)])
     if known:
-        return int(known)
+        return known
     check_memory_can_be_tried(accelerator)
+    check_shares(BatchSizes.of(config), accelerator.num_processes)
     share = max(BatchSizes.of(config).all()) // accelerator.num_processes
     found = min(gather_object([largest(share, lambda size: fits(config, model, images, size, accelerator))]))
     if not found:
         raise ConfigError("not even the smallest micro-batch fits into the GPU's memory", fix="a smaller --image_size")
     return found
+
+
+def recorded(config: Config) -> int | None:
+    file = run_folder.find(config) / "config.yaml"
+    return int(read_yaml(file)["micro_batch_size"]) if file.is_file() else None
 
 
 def check_memory_can_be_tried(accelerator: Accelerator) -> None:
@@ -84,8 +90,10 @@ def fits(config: Config, model: nn.Module, images: tuple[int, int, int], size: i
         free, total = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
         return free >= SPARE * total
-    except torch.OutOfMemoryError:
-        return False
+    except RuntimeError as error:  # cuBLAS and cuDNN have words of their own
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in TOO_MUCH):
+            return False
+        raise
     finally:
         kept.clear()
         with torch.no_grad():

@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 
 from configs.errors import ConfigError
 from configs.options import Config
-from trainer.sharding import whole
 
 LR_BATCH_SIZE = 256  # what --lr is for with --lr_scale, as in Goyal et al. 2017
 
@@ -84,7 +83,8 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Te
     if not gradients:
         return torch.zeros(())
     if isinstance(gradients[0], DTensor):
-        return whole(nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm))
+        norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if max_norm is not None:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))

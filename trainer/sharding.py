@@ -81,8 +81,9 @@ def whole(tensor: Any, like: Tensor | None = None) -> Any:
 
 
 def whole_weights(trainer: BaseTrainer) -> dict[str, Tensor]:
-    """The model's state dict, on the main process; every process calls it."""
-    tensors = ((name, whole(tensor.detach())) for name, tensor in trainer.plain_model.state_dict().items())
+    """The model's state dict, on the main process; every process calls it. A weight of two names is there once."""
+    own = {id(tensor): (name, tensor) for name, tensor in trainer.plain_model.state_dict(keep_vars=True).items()}
+    tensors = ((name, whole(tensor.detach())) for name, tensor in own.values())
     return {name: tensor.contiguous() for name, tensor in tensors if trainer.is_main}
 
 
