@@ -98,7 +98,11 @@ def test_sharded_weights_change_nothing(folder, batch_norm):
 @pytest.mark.parametrize("model", ["swin_t", "vit_b_16", "convnext_tiny", "regnet_y_400mf"])
 def test_models_of_torchvision_are_sharded_block_by_block(folder, model):
     """Also those whose layers are used past their forward, as in Swin's attention."""
-    flags = ["--model", model, "--max_steps", "2", "--warmup_steps", "0", "--batch_size", "4", "--image_size", "32"]
+    flags = [
+        "--model",
+        model,
+        *"--max_steps 2 --warmup_steps 0 --batch_size 4 --micro_batch_size 2 --image_size 32".split(),
+    ]
     one, other = train(folder, model, *flags), train(folder, f"{model}_2", *flags, processes=2, sharded=True)
     (line,), (same,) = lines_of(one, "epoch"), lines_of(other, "epoch")
     assert line["loss"] == pytest.approx(same["loss"], rel=1e-2)
