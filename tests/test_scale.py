@@ -5,6 +5,7 @@ Whole runs are compared in float64: in float32 last bits grow from step to step,
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -38,6 +39,7 @@ def train(folder: Path, name: str, *flags: str, processes: int = 1, sharded: boo
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode in (0, 1 if processes > 1 else 75), done.stderr  # a launcher tells a stop by 1
+    assert json.loads((folder / name / "status.json").read_text())["state"] in ("done", "preempted"), done.stderr
     assert ("sharded by FSDP2" in done.stdout) == sharded
     return folder / name
 
