@@ -208,7 +208,7 @@ def step_found(trainer: Any) -> tuple[str, float]:
     seconds = statistics.median(others) if others else first
     micro = even_parts(trainer.batch_share, config.micro_batch_size)
     cut = f"{trainer.accelerator.num_processes} x {-(-trainer.batch_share // micro)} x {micro}"
-    text = f"batch {config.batch_size} ({cut}): {seconds:.2g} s, the first {first:.2g} s, loss {means['loss']:.4g}"
+    text = f"batch {trainer.batch_size} ({cut}): {seconds:.2g} s, the first {first:.2g} s, loss {means['loss']:.4g}"
     if device.type == "cuda":
         peak, there = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
         text += f", peak memory {size(peak)} of {size(there)}"

@@ -217,6 +217,13 @@ def test_all_micro_batches_of_whole_batches_are_computed(tmp_path, monkeypatch):
     assert len(sizes) == 3 * preflight.STEPS + 1  # and one evaluation
 
 
+def test_the_largest_batch_of_a_schedule_is_tried_and_its_steps_are_counted(tmp_path, capsys):
+    check(tmp_path, epochs=5, batch_size=32, batch_size_schedule=("2:128", "4:64"), warmup_steps=100)
+    said = capsys.readouterr().out
+    assert "batch 128 " in said
+    assert "for 132 steps" in said  # of 1,438 samples: 44 + 44 + 11 + 11 + 22
+
+
 def test_slow_steps_end_the_trial_early(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(preflight, "STEPS_SECONDS", 0.0)
     steps, optimize = [], MainTrainer.optimize
