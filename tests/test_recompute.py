@@ -106,6 +106,14 @@ def test_a_copy_computes_with_its_own_weights():
     assert not torch.equal(model.eval()(images), other.eval()(images))
 
 
+def test_a_norm_that_came_into_its_block_later_moves_once_too():
+    """As where BatchNorm becomes SyncBatchNorm."""
+    model = BlockNet(twice=True)
+    model.blocks[0].layers[1] = nn.BatchNorm2d(8)
+    model.train()(torch.rand(4, 1, 6, 6)).square().mean().backward()
+    assert [block.layers[1].num_batches_tracked.item() for block in model.blocks] == [1, 1]
+
+
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ModelError, match="SimpleCNN has no blocks"):
         recompute_blocks(build("simple_cnn", num_classes=3, in_channels=1, image_size=8))
