@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.base_model import BaseModel, ModelError
+from models.base_model import ModelError
 from models.model import build
 from models.recompute import recompute_blocks, recomputed
 from models.summary import cost, summarize
 from tests.test_resume import weights
-from tests.tiny import tiny_batches, tiny_trainer
+from tests.tiny import TinyNet, tiny_batches, tiny_trainer
 
 
 class Block(nn.Module):
@@ -27,27 +27,12 @@ class Block(nn.Module):
         return features_BCHW + self.layers(features_BCHW)
 
 
-class BlockNet(BaseModel):
+class BlockNet(TinyNet):
     def __init__(self, twice: bool = False) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, 8, 1)
-        self.blocks = nn.Sequential(Block(), Block())
-        self.head = nn.Linear(8, 3)
-        self.classes = ["a", "b", "c"]
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 1), Block(), Block())
         if twice:
             recompute_blocks(self)
-
-    @property
-    def dim(self) -> int:
-        return 8
-
-    def init_weights(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        for parameter in self.parameters():
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        return self.head(self.blocks(self.stem(images_BCHW)).mean((2, 3)))
 
 
 @pytest.mark.parametrize("options", [{}, {"micro_batch_size": 4}])
@@ -63,7 +48,7 @@ def test_a_run_that_computes_twice_is_the_same_to_the_last_bit(tmp_path, options
     assert one.keys() == other.keys()
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     assert torch.equal(weights(trainers[0]), weights(trainers[1]))
-    calls = [trainer.plain_model.blocks[0].calls for trainer in trainers]
+    calls = [trainer.plain_model.body[1].calls for trainer in trainers]
     assert calls == [9, 17]  # the evaluation's one batch is computed once
 
 
@@ -101,7 +86,7 @@ def test_a_copy_computes_with_its_own_weights():
     model = BlockNet(twice=True)
     other = copy.deepcopy(model)
     with torch.no_grad():
-        other.blocks[0].layers[0].weight.zero_()
+        other.body[1].layers[0].weight.zero_()
     images = torch.rand(4, 1, 6, 6)
     assert not torch.equal(model.eval()(images), other.eval()(images))
 
@@ -109,9 +94,9 @@ def test_a_copy_computes_with_its_own_weights():
 def test_a_norm_that_came_into_its_block_later_moves_once_too():
     """As where BatchNorm becomes SyncBatchNorm."""
     model = BlockNet(twice=True)
-    model.blocks[0].layers[1] = nn.BatchNorm2d(8)
+    model.body[1].layers[1] = nn.BatchNorm2d(8)
     model.train()(torch.rand(4, 1, 6, 6)).square().mean().backward()
-    assert [block.layers[1].num_batches_tracked.item() for block in model.blocks] == [1, 1]
+    assert [block.layers[1].num_batches_tracked.item() for block in model.body[1:]] == [1, 1]
 
 
 def test_a_model_without_blocks_is_refused():
