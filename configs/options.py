@@ -76,9 +76,13 @@ class ModelOptions:
     task: str = "classification"
     """What is learnt: a name from the table in `scripts/wiring.py`."""
     model: str = "simple_cnn"
-    """`simple_cnn`, or any torchvision classifier: resnet18, resnet50, efficientnet_b0, vit_b_16, ..."""
+    """`simple_cnn`, any torchvision classifier (resnet18, resnet50, efficientnet_b0, vit_b_16, ...), or `timm/NAME`."""
     weights: str | None = None
-    """Weights to begin with: a run, a checkpoint, a `best/` folder, a .safetensors or .pth file, a hub id."""
+    """Weights to begin with, all of them: a run, a checkpoint, `best/`, a .safetensors or .pth file, a hub id."""
+    pretrained: str | None = None
+    """Like `--weights`, but what does not fit, as a head of other classes, begins anew; or `torchvision`, or `timm`."""
+    freeze_epochs: int = 0
+    """For so many epochs the head learns alone; as many as `--epochs` make a linear probe."""
     dropout: float | None = None
     """Dropout before the classifier; default: the model's own."""
     compile: bool = False
@@ -117,6 +121,8 @@ class OptimOptions:
     """Momentum of sgd and muon."""
     weight_decay: float = 0.05
     """Weight decay; biases and norms are left out."""
+    layer_decay: float = 1.0
+    """What the learning rate is multiplied by for every block below the head, 0.75 for example; 1 is off."""
     grad_clip: float | None = None
     """Largest global gradient norm; the bare flag means 1.0."""
     scheduler: Literal["cosine", "step", "plateau", "exponential", "one_cycle", "constant"] = "cosine"
@@ -214,7 +220,7 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
                 "num_classes", "expect_processes"),
             0: ("warmup_steps", "keep_best", "num_workers", "min_delta", "mixup", "cutmix", "weight_decay", "seed",
                 "split_seed", "mix_off_epoch", "lr", "label_smoothing", "ema_decay", "random_erasing", "dropout",
-                "momentum", "decay_factor", "max_bad_fraction", "max_nonfinite"),
+                "momentum", "freeze_epochs", "layer_decay", "decay_factor", "max_bad_fraction", "max_nonfinite"),
         }  # fmt: skip
         for minimum, names in at_least.items():
             for name in names:
@@ -228,9 +234,16 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
         for name in ("label_smoothing", "ema_decay", "dropout", "momentum"):
             if (getattr(self, name) or 0) >= 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must be less than 1")
-        for name in ("random_erasing", "decay_factor", "max_bad_fraction"):
+        for name in ("random_erasing", "decay_factor", "max_bad_fraction", "layer_decay"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must be at most 1")
+        if not self.layer_decay:
+            raise ConfigError("--layer_decay is 0: it must be above 0", fix="for a head alone: --freeze_epochs")
+        if self.weights and self.pretrained:
+            raise ConfigError(
+                "--weights and --pretrained both say what to begin with",
+                fix="take --pretrained where the head may differ, --weights where nothing may",
+            )
         if self.grad_clip is not None and not 0 < self.grad_clip < float("inf"):
             raise ConfigError(
                 f"--grad_clip is {self.grad_clip}: it must be above 0", fix="leave it out for no clipping"

@@ -14,8 +14,9 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from models.blocks import blocks
+from models.blocks import blocks, depths
 
 
 class ModelError(ValueError):
@@ -50,6 +51,8 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
         self.task = "classification"
         self.classes: list[str] = []
         self.image_size: int | None = None
+        self.origin: list[str] = []  # lines that tell what of the weights is pretrained
+        self.frozen: list[str] = []  # names of the body's parameters, while it rests
         self.register_buffer("mean_C11", torch.zeros(1, 1, 1), persistent=False)
         self.register_buffer("std_C11", torch.ones(1, 1, 1), persistent=False)
 
@@ -69,6 +72,44 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
     @abstractmethod
     def init_weights(self) -> None:
         """Called by itself once the model is built, before any pretrained weights are loaded."""
+
+    def head_layers(self) -> list[nn.Module]:
+        """The layers that make outputs of features; the rest is the body. Override it where they are not the last
+        linear layer or convolution."""
+        layers: list[nn.Module] = [m for m in self.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        return layers[-1:]
+
+    def depths(self) -> dict[nn.Parameter, int]:
+        """How many blocks each parameter lies below the head."""
+        return depths(self, self.head_layers())
+
+    def freeze_body(self) -> None:
+        """Let the head learn alone: the body gets no gradient, and its norms keep their running statistics."""
+        of_head = {parameter for layer in self.head_layers() for parameter in layer.parameters()}
+        learning = {name: p for name, p in self.named_parameters() if p.requires_grad and p not in of_head}
+        for parameter in learning.values():
+            parameter.requires_grad_(False)
+        self.frozen = list(learning)
+        self.train(self.training)
+
+    def thaw_body(self) -> None:
+        for name in self.frozen:
+            self.get_parameter(name).requires_grad_(True)
+        self.frozen = []
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, except that the norms of a frozen body compute as in an evaluation."""
+        super().train(mode)
+        for norm in self.resting_norms():
+            norm.eval()
+        return self
+
+    def resting_norms(self) -> list[_NormBase]:
+        """Norms with running statistics that belong to a frozen body."""
+        of_head = {module for layer in self.head_layers() for module in layer.modules()} if self.frozen else set()
+        norms = [module for module in self.modules() if isinstance(module, _NormBase)] if self.frozen else []
+        return [norm for norm in norms if norm not in of_head]
 
     def describe(
         self,

@@ -49,12 +49,15 @@ def recording(number: int, window_start: int, processes: int) -> Adapt:
             def __init__(self, *arguments: Any, **options: Any):
                 super().__init__(*arguments, **options)
                 self.of_others: dict[Tensor, Tensor] = {}  # gradients of the processes whose part is done
-                for parameter in self.parameters if processes > 1 else ():
-                    parameter.register_post_accumulate_grad_hook(self.add_others)
+                self.watched: set[Tensor] = set()
 
             def micro_batches(self, window: Window) -> Iterator[Batch]:
                 """Each process sums up its own gradients first: the order of sums decides their last bits."""
                 each = len(window.batches) // processes
+                for parameter in self.parameters if processes > 1 else ():  # a frozen body joins later
+                    if parameter not in self.watched:
+                        parameter.register_post_accumulate_grad_hook(self.add_others)
+                        self.watched.add(parameter)
                 for batch in super().micro_batches(window):
                     if window.number and window.number % each == 0:
                         for parameter in self.parameters:

@@ -22,7 +22,7 @@ from configs.errors import ConfigError, DataError, Diverged, UserError
 from configs.options import Config
 from data.batch_sizes import BatchSizes, check_shares
 from data.order import Use, mix, seed_device
-from trainer import checkpoint, reporting, run_folder, saving, sharding, signals, starting
+from trainer import checkpoint, freezing, reporting, run_folder, saving, sharding, signals, starting
 from trainer.bad_samples import BadSamples, ReportingLoader
 from trainer.batch_statistics import BatchStatistics
 from trainer.device import ddp_options, make_accelerator, moved_ahead, with_synced_norms
@@ -79,6 +79,7 @@ class BaseTrainer(ABC):
         self.sharded = self.accelerator.is_fsdp2
         self.plain_model = model if self.sharded else model.to(self.device)  # FSDP moves part by part
         self.optimizers = build_optimizers(self.plain_model, config, sharded=self.sharded)
+        freezing.freeze(self)
         if self.accelerator.ddp_handler is None:
             self.accelerator.ddp_handler = ddp_options(config, self.plain_model)
         self.model, *_ = self.accelerator.prepare(self.plain_model, *self.optimizers)
@@ -194,6 +195,7 @@ class BaseTrainer(ABC):
             if self.config.nonfinite == "rollback" and not self.state.step:
                 self.save_checkpoint()  # to go back to
             while not self.finished:
+                freezing.thaw_when_due(self)
                 results = {"train": self.train_epoch(self.train_loader)}
                 if self.stop_is_due() and not self.epoch_is_complete():
                     return "preempted", "stop_after_steps"
@@ -390,7 +392,7 @@ class BaseTrainer(ABC):
             # the optimizers themselves: Accelerate's wrappers look for an optional package at every step, 139 us
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = self.lr
+                    group["lr"] = self.lr * group.get("lr_factor", 1.0)
                 optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
         if self.scaler is not None:
             self.scaler.update()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from trainer.windows import Window, samples_in
@@ -17,9 +16,11 @@ class BatchStatistics:
     One micro-batch of one process is left alone. reduce: the sum of a tensor over processes; None for one alone.
     """
 
-    def __init__(self, model: nn.Module, reduce: Any):
+    def __init__(self, model: Any, reduce: Any):
         self.reduce = reduce
+        resting = model.resting_norms()
         norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.track_running_stats]
+        norms = [norm for norm in norms if norm not in resting]
         self.running = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
         self.counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
         # so many digits that the order of a sum does not show; MPS has no more
