@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from models.base_model import BaseModel, ModelError
 
@@ -55,18 +58,8 @@ def find_weights(path: Path) -> Path:
 
 def load_weights_into(model: BaseModel, path_or_id: str) -> None:
     """Begin from pretrained weights of the same architecture; torchvision's own .pth files fit as well."""
-    path = Path(path_or_id)
-    if path.suffix in (".pth", ".pt"):
-        if not path.is_file():
-            raise ModelError(f"{path} does not exist")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    elif path.exists():
-        state = load_file(find_weights(path))
-    else:
-        state = load_from_hub(path_or_id).state_dict()
     own = model.state_dict()
-    if not own.keys() & state.keys():
-        state = {f"net.{key}": value for key, value in state.items()}  # torchvision's keys lack our prefix
+    state = named_as(own, read_weights(path_or_id))
     misfits = [
         f"{key}: {tuple(state[key].shape) if key in state else 'missing'} instead of {tuple(value.shape)}"
         for key, value in own.items()
@@ -77,6 +70,42 @@ def load_weights_into(model: BaseModel, path_or_id: str) -> None:
             f"{path_or_id} does not fit {model.name}, {len(misfits)} tensors differ: {'; '.join(misfits[:3])}"
         )
     model.load_state_dict(state)
+
+
+def read_weights(path_or_id: str) -> dict[str, Tensor]:
+    """The tensors of a run, a checkpoint, a `best/` folder, a .safetensors or .pth file or a hub id."""
+    path = Path(path_or_id)
+    if path.suffix in (".pth", ".pt"):
+        if not path.is_file():
+            raise ModelError(f"{path} does not exist")
+        return read_pickled(path)
+    if path.exists():
+        file = find_weights(path)
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} cannot be read: {error}") from None
+    return load_from_hub(path_or_id).state_dict()
+
+
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """Tensors that torch.save wrote, alone or beside others under a usual name; nothing in the file is executed."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+        raise ModelError(f"{path} holds no weights that can be loaded: {str(error).splitlines()[0]}") from None
+    for name in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(name), dict):
+            found = found[name]
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ModelError(f"{path} holds no state dict: torch.save(model.state_dict(), ...) writes one")
+    return found
+
+
+def named_as(own: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under the model's names: those of torchvision and timm lack the prefix of our wrapper."""
+    prefixed = {f"net.{key}": value for key, value in state.items()}
+    return prefixed if own.keys() & prefixed.keys() and not own.keys() & state.keys() else dict(state)
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from models import torchvision_models
+from models import timm_models, torchvision_models
 from models.base_model import BaseModel, ModelError
 from models.simple_cnn import SimpleCNN
 
@@ -23,7 +23,9 @@ def model_names() -> list[str]:
 
 def check_name(name: str) -> None:
     """Raises ModelError with the nearest names where there is no such model."""
-    if name not in model_names():
+    if name.startswith(timm_models.PREFIX):
+        timm_models.check_name(name)
+    elif name not in model_names():
         near = difflib.get_close_matches(name, model_names(), n=3, cutoff=0.4) or list(MODELS)
         raise ModelError(f"no model is called {name!r}: did you mean {' or '.join(near)}?")
 
@@ -32,7 +34,7 @@ def build(name: str, **model_args: Any) -> BaseModel:
     """A model with fresh weights from the current state of torch's generator."""
     check_name(name)
     given = {key: value for key, value in model_args.items() if key != "architecture" and value is not None}
-    builder = MODELS.get(name, partial(torchvision_models.TorchvisionClassifier, name))
+    builder = MODELS.get(name) or of_a_library(name)
     try:
         model = builder(**given)
     except TypeError as error:
@@ -43,7 +45,16 @@ def build(name: str, **model_args: Any) -> BaseModel:
     return model
 
 
+def of_a_library(name: str) -> Callable[..., BaseModel]:
+    if name.startswith(timm_models.PREFIX):
+        return partial(timm_models.TimmClassifier, name.removeprefix(timm_models.PREFIX))
+    return partial(torchvision_models.TorchvisionClassifier, name)
+
+
 def input_size(name: str, image_size: int) -> int:
     """The side of the images that the model will be given: image_size, or more where it cannot take so little."""
     check_name(name)
-    return image_size if name in MODELS else torchvision_models.input_size(name, image_size)
+    if name in MODELS:
+        return image_size
+    library = timm_models if name.startswith(timm_models.PREFIX) else torchvision_models
+    return library.input_size(name, image_size)

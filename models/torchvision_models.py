@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import pickle
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
 from models.base_model import BaseModel, ModelError
 
+Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel, of 0..1
+IMAGENET: Pixels = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL = 64  # pixels; below, a ResNet's first layers would leave next to nothing of the image
 
 
@@ -48,7 +53,8 @@ class TorchvisionClassifier(BaseModel):
 
     @property
     def dim(self) -> int:
-        head = [module for module in self.net.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
+        (head,) = self.head_layers()
+        assert isinstance(head, (nn.Linear, nn.Conv2d))
         return head.in_features if isinstance(head, nn.Linear) else head.in_channels
 
     def init_weights(self) -> None:
@@ -67,6 +73,25 @@ class TorchvisionClassifier(BaseModel):
 
 def names() -> list[str]:
     return torchvision_models.list_models(module=torchvision_models)
+
+
+def pretrained(architecture: str) -> tuple[dict[str, Tensor], Pixels]:
+    """torchvision's own weights of an architecture, from its cache or the network, and the pixels that they are for."""
+    if architecture not in names():
+        raise ModelError(f"--pretrained torchvision is for its own models, and {architecture} is none")
+    weights = torchvision_models.get_model_weights(architecture).DEFAULT
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # no network, a wrong hash, half a file
+        raise ModelError(
+            f"torchvision's weights of {architecture} cannot be fetched ({error}): put {Path(weights.url).name} into "
+            f"{torch.hub.get_dir()}/checkpoints, from {weights.url}"
+        ) from None
+    pixels = weights.transforms()
+    mean, std = tuple(pixels.mean), tuple(pixels.std)
+    if architecture in ("googlenet", "inception_v3"):  # which torchvision lets scale their input once more
+        mean = std = (0.5, 0.5, 0.5)
+    return state, (mean, std)
 
 
 def builder_options(architecture: str, image_size: int, dropout: float | None) -> dict[str, Any]:

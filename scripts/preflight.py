@@ -31,7 +31,7 @@ from scripts import logins
 from scripts.audit import classes_found, pictures_found
 from scripts.report import met_by_all, told
 from scripts.wiring import build_model, build_trainer
-from trainer import checkpoint, micro_batch, run_folder, saving, signals, starting
+from trainer import checkpoint, freezing, micro_batch, run_folder, saving, signals, starting
 from trainer.base_trainer import BaseTrainer
 from trainer.device import make_accelerator
 from trainer.sharding import part
@@ -59,6 +59,8 @@ def check(config: Config) -> int:
             trainer, data, notes = build_trainer(trial, timed)
             config = replace(config, micro_batch_size=trainer.config.micro_batch_size, auto_micro_batch=False)
             trainer.state.epoch = epoch_of_the_largest_batch(trainer)
+            if config.freeze_epochs * trainer.steps_per_epoch < trainer.total_steps:
+                freezing.thaw(trainer)  # the whole model takes more time and memory than its head
             left: int | None = None  # steps
             if trainer.is_main:
                 left = report.check("run folder", lambda: run_folder_found(config, trainer.total_steps, report))

@@ -71,6 +71,8 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     model = outline(config, data) if trainer.sharded or config.sync_batch_norm else trainer.plain_model
     print(f"run       {trainer.run.path}")
     print(f"model     {config.model}: {summarize(model, data.info.channels, data.image_size, micro)}")
+    for line in trainer.plain_model.origin:
+        print(f"          {line}")
     print(f"data      {data.name}: {sizes}; {len(data.classes)} classes")
     print(f"          {data.info.channels}x{data.image_size}x{data.image_size} pixels, augment {config.augment}")
     for line in sampling_lines(config, data):
@@ -86,6 +88,8 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     print(
         f"          {config.optimizer}, lr {peak_lr(config, trainer.batch_size):g}, {config.scheduler}"
         + (f", ema {config.ema_decay:g}" if trainer.ema else "")
+        + (f", layer decay {config.layer_decay:g}" if config.layer_decay != 1 else "")
+        + (f"; the head alone for {config.freeze_epochs} epoch(s)" if config.freeze_epochs else "")
     )
     print(
         f"machine   {device_name(trainer.device)}, precision {accelerator.mixed_precision}, "

@@ -16,6 +16,7 @@ from data.order import Use, mix, seed_cpu
 from models import BaseModel, ModelError
 from models.load import load_weights_into
 from models.model import build, check_name, input_size
+from models.pretrained import begin_from
 from models.recompute import recompute_blocks
 from trainer import micro_batch
 from trainer.base_trainer import BaseTrainer
@@ -51,7 +52,7 @@ def build_data(config: Config, *, shown: bool = True) -> tuple[Data, list[str]]:
 
 
 def build_model(config: Config, data: Data) -> BaseModel:
-    """A described model, its weights drawn from the seed or loaded from --weights."""
+    """A described model, its weights drawn from the seed or begun from --weights or --pretrained."""
     seed_cpu(mix(config.seed, Use.WEIGHTS))
     model = build(
         config.model,
@@ -69,6 +70,8 @@ def build_model(config: Config, data: Data) -> BaseModel:
     )
     if config.weights:
         load_weights_into(model, config.weights)
+    if config.pretrained:
+        begin_from(model, config.pretrained)
     if config.gradient_checkpointing:
         recompute_blocks(model)
     return model.double() if config.dtype == "float64" else model
@@ -76,7 +79,7 @@ def build_model(config: Config, data: Data) -> BaseModel:
 
 def outline(config: Config, data: Data) -> BaseModel:
     """The model as it was built, to be measured where a process has only parts of the real one."""
-    return build_model(replace(config, weights=None), data)
+    return build_model(replace(config, weights=None, pretrained=None), data)
 
 
 def build_trainer(config: Config, adapt: Adapt = lambda task: task) -> tuple[BaseTrainer, Data, list[str]]:

@@ -3,6 +3,7 @@ weight decay nor momentum moves it, and the optimizer keeps no state of it."""
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from torch.nn.parallel import DistributedDataParallel
@@ -27,9 +28,13 @@ def freeze(trainer: BaseTrainer) -> None:
 
 def thaw_when_due(trainer: BaseTrainer) -> None:
     """At the beginning of an epoch: from `--freeze_epochs` on all of the model learns."""
+    if trainer.plain_model.frozen and trainer.state.epoch >= trainer.config.freeze_epochs:
+        thaw(trainer)
+
+
+def thaw(trainer: BaseTrainer) -> None:
+    """Let all of the model learn. What the trainer has of its parts is as it would be without the time before."""
     model = trainer.plain_model
-    if not model.frozen or trainer.state.epoch < trainer.config.freeze_epochs:
-        return
     model.thaw_body()
     trainer.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainer.batch_statistics = BatchStatistics(model, trainer.reduce)
@@ -41,4 +46,5 @@ def wrapped_anew(trainer: BaseTrainer, old: DistributedDataParallel) -> Distribu
     """DDP waits for the gradients of those parameters that learnt when it was made, so it is made again."""
     old._remove_autograd_hooks()  # or both would answer to a gradient for as long as the old one is in memory
     options = trainer.accelerator.ddp_handler.to_kwargs()
-    return DistributedDataParallel(old.module, device_ids=old.device_ids, output_device=old.output_device, **options)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # about these; it was given once
+        return DistributedDataParallel(old.module, old.device_ids, old.output_device, **options)

@@ -221,8 +221,9 @@ def find(config: Config) -> Path:
         given = Path(config.resume).resolve()
         return given.parent.parent if checkpoint.step_of(given) is not None else given
     if config.experiment_name is None:
-        data = re.sub("[^A-Za-z0-9._-]+", "-", Path(config.train_data_dir or config.dataset).name)[:60]
-        return free_name(root / (time.strftime("%Y%m%d-%H%M%S-") + f"{config.model}-{data}"))
+        data = Path(config.train_data_dir or config.dataset).name
+        model, data = (re.sub("[^A-Za-z0-9._-]+", "-", name)[:60] for name in (config.model, data))
+        return free_name(root / (time.strftime("%Y%m%d-%H%M%S-") + f"{model}-{data}"))
     path = root / config.experiment_name
     if config.resume == "never" and path.exists():
         raise ConfigError(
