@@ -59,7 +59,7 @@ def check(config: Config) -> int:
             trainer, data, notes = build_trainer(trial, timed)
             config = replace(config, micro_batch_size=trainer.config.micro_batch_size, auto_micro_batch=False)
             trainer.state.epoch = epoch_of_the_largest_batch(trainer)
-            if config.freeze_epochs * trainer.steps_per_epoch < trainer.total_steps:
+            if trainer.plain_model.frozen and config.freeze_epochs * trainer.steps_per_epoch < trainer.total_steps:
                 freezing.thaw(trainer)  # the whole model takes more time and memory than its head
             left: int | None = None  # steps
             if trainer.is_main:
