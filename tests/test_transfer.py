@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from configs.arguments import make_config
 from configs.errors import ConfigError
+from data.embedded import load_digits
 from models import BaseModel, ModelError, build
 from models.pretrained import begin_from, fit_positions
 from tests.conftest import ROOT, lines_of
@@ -134,6 +135,96 @@ def test_positions_of_a_vision_transformer_are_interpolated():
 def test_what_to_begin_with_is_said_once():
     with pytest.raises(ConfigError, match="--weights and --pretrained both"):
         make_config(weights="a", pretrained="b")
+
+
+# ---- what it is for --------------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        first = [nn.Conv2d(width_in, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        self.body = nn.Sequential(*first, nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
+        self.shortcut = nn.Conv2d(width_in, width, 1, stride, bias=False)
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        return (self.body(features_BCHW) + self.shortcut(features_BCHW)).relu()
+
+
+class SmallResNet(BaseModel):
+    def __init__(self, num_classes: int = 5) -> None:
+        super().__init__()
+        shapes = [(1, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1)]
+        self.blocks = nn.Sequential(*(Residual(*shape) for shape in shapes))
+        self.head = nn.Linear(64, num_classes)
+
+    @property
+    def dim(self) -> int:
+        return self.head.in_features
+
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.head(self.blocks(self.normalize(images_BCHW)).mean((2, 3)))
+
+
+def digits(first: int) -> tuple[Tensor, Tensor]:
+    """Images and labels 0..4 of the five digits from `first` on."""
+    source = load_digits()
+    labels = torch.from_numpy(source.labels) - first
+    chosen = (labels >= 0) & (labels < 5)
+    return source.images_NCHW[chosen], labels[chosen]
+
+
+def batches_of(images: Tensor, labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(images.split(size), labels.split(size)))
+
+
+def accuracy_of_few(folder: Path, seed: int, pretrained: Path | None, **options: float) -> float:
+    """Trained on five images of each digit from 5 to 9, measured on all others of them."""
+    images, labels = digits(5)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    few = torch.cat([order[labels[order] == label][:5] for label in range(5)])
+    rest = torch.tensor(sorted({*range(len(labels))} - {*few.tolist()}))
+    torch.manual_seed(seed)
+    model = SmallResNet()
+    model.describe(task="classification", classes=list("56789"), image_size=8, mean=(0.305,), std=(0.376,))
+    if pretrained:
+        begin_from(model, str(pretrained))
+    train_loader, val_loader = [(images[few], labels[few])], batches_of(images[rest], labels[rest], 256)
+    options = {"batch_size": 25, "scheduler": "cosine", "seed": seed, **options}
+    trainer = tiny_trainer(folder, train_loader, val_loader, model=model, **options)
+    trainer.train_epoch(train_loader * trainer.total_steps)
+    return trainer.validate_epoch(val_loader)["accuracy"]
+
+
+def test_pretraining_on_half_the_classes_beats_training_from_nothing_on_few_samples_of_the_other_half(tmp_path):
+    """By 20 steps at the default rate; and by 5 steps, even where the latter takes the best of three rates.
+
+    Given longer or six times the rate, training from nothing comes as far: these digits are easy.
+    """
+    images, labels = digits(0)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = SmallResNet()
+    model.describe(task="classification", classes=list("01234"), image_size=8, mean=(0.305,), std=(0.376,))
+    batches = batches_of(images[order], labels[order], 32)
+    options = {"batch_size": 32, "epochs": 7, "lr": 3e-3, "scheduler": "cosine", "experiment_name": "base"}
+    tiny_trainer(tmp_path, batches[:-2], batches[-2:], model=model, **options).train()
+    base, seeds = tmp_path / "base", range(3)
+    default = [
+        sum(accuracy_of_few(tmp_path, seed, begun, max_steps=20, lr=2e-3) for seed in seeds) / 3
+        for begun in (base, None)
+    ]
+    short = sum(accuracy_of_few(tmp_path, seed, base, max_steps=5, lr=4e-3) for seed in seeds) / 3
+    best = max(
+        sum(accuracy_of_few(tmp_path, seed, None, max_steps=5, lr=lr) for seed in seeds) / 3
+        for lr in (4e-3, 1.2e-2, 4e-2)
+    )
+    print(f"20 steps: pretrained {default[0]:.3f}, from nothing {default[1]:.3f}; 5 steps: {short:.3f}, {best:.3f}")
+    assert default[0] > default[1] + 0.4
+    assert short > best + 0.2
 
 
 # ---- a body that rests ----------------------------------------------------------------------------------------
