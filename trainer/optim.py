@@ -30,14 +30,14 @@ def build_optimizers(model: nn.Module, config: Config, *, sharded: bool = False)
         raise ConfigError(f"--model {config.model} has no parameter to train")
     fused: Any = {"fused": True} if parameters[0].device.type in ("cpu", "cuda", "mps") else {}
     decay, lr = config.weight_decay, peak_lr(config, config.batch_size)
-    factors = layer_factors(model, config.layer_decay)
+    levels = rate_levels(model, config)
     if config.optimizer == "sgd":
         nesterov, fused = config.momentum > 0, {} if sharded else fused  # torch has no fused one for parts
-        return [torch.optim.SGD(groups(parameters, decay, factors), lr, config.momentum, nesterov=nesterov, **fused)]
+        return [torch.optim.SGD(groups(parameters, config, levels), lr, config.momentum, nesterov=nesterov, **fused)]
     if config.optimizer == "adam":
-        return [torch.optim.Adam(groups(parameters, decay, factors), lr, **fused)]
+        return [torch.optim.Adam(groups(parameters, config, levels), lr, **fused)]
     if config.optimizer == "adamw":
-        return [torch.optim.AdamW(groups(parameters, decay, factors), lr, **fused)]
+        return [torch.optim.AdamW(groups(parameters, config, levels), lr, **fused)]
     if not hasattr(torch.optim, "Muon"):
         raise ConfigError(f"torch {torch.__version__} has no Muon", fix="upgrade torch, or take --optimizer adamw")
     if sharded:  # torch's computes in bfloat16 with what a process has: 1e-3 apart after 20 steps
@@ -47,9 +47,9 @@ def build_optimizers(model: nn.Module, config: Config, *, sharded: bool = False)
     if not matrices:
         raise ConfigError(f"--optimizer muon needs weight matrices, and {config.model} has none")
     muon = torch.optim.Muon(
-        groups(matrices, decay, factors), lr, decay, config.momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
+        groups(matrices, config, levels), lr, decay, config.momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
     )  # the same lr as for AdamW then fits (Liu et al. 2025, "Muon is scalable")
-    return [muon, torch.optim.AdamW(groups(others, decay, factors), lr, **fused)] if others else [muon]
+    return [muon, torch.optim.AdamW(groups(others, config, levels), lr, **fused)] if others else [muon]
 
 
 @contextmanager
@@ -65,24 +65,24 @@ def same_kernels(optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
         group.update(kernels)
 
 
-def layer_factors(model: Any, layer_decay: float) -> dict[nn.Parameter, float]:
-    """What the learning rate of each parameter is multiplied by: layer_decay for every block that it lies below the
-    head (Clark et al. 2020, "ELECTRA", appendix A; Bao et al. 2021, "BEiT"). Empty: all learn at the full rate."""
-    if layer_decay == 1:
-        return {}
-    return {parameter: layer_decay**depth for parameter, depth in model.depths().items()}
+def rate_levels(model: Any, config: Config) -> dict[nn.Parameter, int]:
+    """How often --layer_decay multiplies the learning rate of each parameter: once for every block that it lies below
+    the head (Clark et al. 2020, "ELECTRA", appendix A; Bao et al. 2021, "BEiT"). Empty: all are alike."""
+    if config.layer_decay != 1:
+        return model.depths()
+    if config.freeze_epochs:  # the head has a past when the body begins; torch's fused SGD takes no group of both
+        return {parameter: min(depth, 1) for parameter, depth in model.depths().items()}
+    return {}
 
 
-def groups(
-    parameters: list[nn.Parameter], weight_decay: float, factors: dict[nn.Parameter, float]
-) -> list[dict[str, Any]]:
+def groups(parameters: list[nn.Parameter], config: Config, levels: dict[nn.Parameter, int]) -> list[dict[str, Any]]:
     """Vectors and scalars (biases, norms) get no weight decay; what learns at one rate stands together."""
     found: list[dict[str, Any]] = []
-    for factor in sorted({factors.get(p, 1.0) for p in parameters}):
-        alike = [p for p in parameters if factors.get(p, 1.0) == factor]
-        rate = {"lr_factor": factor} if factors else {}
+    for level in sorted({levels.get(p, 0) for p in parameters}):
+        alike = [p for p in parameters if levels.get(p, 0) == level]
+        rate = {"lr_factor": config.layer_decay**level} if levels else {}
         found += [
-            {"params": [p for p in alike if p.ndim > 1], "weight_decay": weight_decay, **rate},
+            {"params": [p for p in alike if p.ndim > 1], "weight_decay": config.weight_decay, **rate},
             {"params": [p for p in alike if p.ndim <= 1], "weight_decay": 0.0, **rate},
         ]
     return [group for group in found if group["params"]]
