@@ -20,6 +20,7 @@ class DatasetInfo:
     image_column: str | None = None
     label_column: str | None = None
     horizontal_flip: bool = True
+    labels: str | None = None  # of data/kinds.py; None: from the columns
 
     @property
     def channels(self) -> int:

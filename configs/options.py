@@ -33,6 +33,8 @@ class DataOptions:
     """Image column of a Hugging Face dataset; default: the first of type Image."""
     label_column: str | None = None
     """Label column of a Hugging Face dataset; default: the first of type ClassLabel."""
+    labels: Literal["classes", "multi_label", "numbers", "boxes", "captions", "several"] | None = None
+    """What the labels are; default: from the columns."""
     num_classes: int | None = None
     """Number of classes, where a stream of numbered labels does not tell."""
     group_column: str | None = None
@@ -73,10 +75,10 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    task: str = "classification"
-    """What is learnt: a name from the table in `scripts/wiring.py`."""
-    model: str = "simple_cnn"
-    """`simple_cnn`, or any torchvision classifier: resnet18, resnet50, efficientnet_b0, vit_b_16, ..."""
+    task: str | None = None
+    """What is learnt: a name from the table in `scripts/wiring.py`; default: from the labels of the data."""
+    model: str | None = None
+    """`simple_cnn` (default), or any torchvision classifier: resnet18, resnet50, efficientnet_b0, vit_b_16, ..."""
     weights: str | None = None
     """Weights to begin with: a run, a checkpoint, a `best/` folder, a .safetensors or .pth file, a hub id."""
     dropout: float | None = None
@@ -161,8 +163,8 @@ class RunOptions:
     """Newest checkpoints kept."""
     keep_best: int = 1
     """Checkpoints kept besides for the best value of `--monitor`."""
-    monitor: str = "accuracy"
-    """The metric of the validation line that decides what is best."""
+    monitor: str | None = None
+    """The metric of the validation line that decides what is best; default: the task's own, accuracy for example."""
     monitor_mode: Literal["min", "max"] | None = None
     """Whether less or more is better; default: from a table."""
     min_delta: float = 0.0

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from configs.errors import DataError
+from data.labels import Labels
 from data.order import Draw
 from data.sources import Source, TensorSource
 from data.transforms import Transform
@@ -17,14 +18,14 @@ from data.transforms import Transform
 class ImageDataset(torch.utils.data.Dataset):
     """Makes the micro-batch of a Draw: a pure function of it, in whichever loader process."""
 
-    def __init__(self, source: Source | None, transform: Transform, *, num_classes: int, channels: int):
-        self.source, self.transform, self.num_classes, self.channels = source, transform, num_classes, channels
+    def __init__(self, source: Source | None, transform: Transform, kind: Labels, channels: int):
+        self.source, self.transform, self.kind, self.channels = source, transform, kind, channels
 
     def __len__(self) -> int:
         return 0  # a DataLoader asks; an order knows
 
     def __getitems__(self, draw: Draw) -> dict[str, Any]:
-        """images_BCHW uint8, labels int64 [B], ids int64 [B]; `faults` [(slot, reason)] where samples are bad."""
+        """images_BCHW uint8, what the kind of labels adds, ids int64 [B]; `faults` [(slot, reason)] of bad samples."""
         try:
             return self.batch(draw)
         except Exception as error:
@@ -38,10 +39,10 @@ class ImageDataset(torch.utils.data.Dataset):
         if images_BCHW is None:
             images_BCHW = self.squares(draw, labels, faults)
         for slot in faults:
-            labels[slot] = 0  # of a sample that will be replaced or left out
+            labels[slot] = self.kind.blank  # of a sample that will be replaced or left out
         batch: dict[str, Any] = {
             "images_BCHW": self.transform.augment(images_BCHW, labels, draw.keys),
-            "labels": torch.from_numpy(labels),
+            **self.kind.collate(labels),
             "ids": torch.from_numpy(draw.ids),
         }
         if faults:
@@ -74,8 +75,8 @@ class ImageDataset(torch.utils.data.Dataset):
         images_BCHW = black((len(draw.ids), self.channels, size, size))
         for slot, key in enumerate(draw.keys.tolist()):
             try:
-                if not 0 <= labels[slot] < self.num_classes:
-                    raise DataError(label_fault(int(labels[slot]), self.num_classes))
+                if fault := self.kind.fault(labels[slot]):
+                    raise DataError(fault)
                 self.transform.cut(self.picture(draw, slot), key, self.channels, images_BCHW[slot])
             except DataError as error:
                 faults[slot] = error.what
@@ -83,12 +84,6 @@ class ImageDataset(torch.utils.data.Dataset):
                 error.add_note(f"sample {draw.ids[slot]}")
                 raise
         return images_BCHW
-
-
-def label_fault(label: int, num_classes: int) -> str:
-    if label == -1:
-        return f"its label is missing, or none of the {num_classes} training classes"
-    return f"label {label}: the classes are numbered 0 to {num_classes - 1}"
 
 
 def black(shape: tuple[int, ...]) -> torch.Tensor:

@@ -23,5 +23,6 @@ def load_digits() -> TensorSource:
         return TensorSource(torch.from_numpy(pixels)[:, None], file["labels"], [str(digit) for digit in range(10)])
 
 
-# A dataset of your own: a function that returns a Source. Its mean and std go into configs/dataset_info.py.
-SOURCES: dict[str, Callable[[], Source]] = {"digits": load_digits}
+# A dataset of your own: a function that returns a Source, or one for each of train, val and test. Its mean and std go
+# into configs/dataset_info.py.
+SOURCES: dict[str, Callable[[], Source | dict[str, Source]]] = {"digits": load_digits}

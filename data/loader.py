@@ -127,7 +127,7 @@ class OrderedLoader:
                 one = self.dataset.__getitems__(spare)
                 if "faults" not in one:
                     for name, values in one.items():
-                        batch[name][slot] = values[0]
+                        batch[name] = put(batch[name], slot, values)
                     break
                 self.note(int(one["ids"][0]), one["faults"][0][1])
             else:
@@ -144,11 +144,31 @@ class OrderedLoader:
         bad = [slot for slot, _ in faults]
         good = [slot for slot in range(len(batch["ids"])) if slot not in bad]
         if good:
-            return {name: values[good] for name, values in batch.items()}
+            return {name: taken(values, good) for name, values in batch.items()}
         return batch | {"valid": torch.zeros(len(batch["ids"]), dtype=torch.bool)}
 
     def note(self, place: int, reason: str) -> None:
         self.bad.append(BadSample(place, self.stream.name(place), reason))
+
+
+def taken(values: Any, slots: list[int]) -> Any:
+    """Some samples of a batch's entry: of a tensor [B, ...], or a list of B."""
+    return values[slots] if isinstance(values, torch.Tensor) else [values[slot] for slot in slots]
+
+
+def put(values: Any, slot: int, one: Any) -> Any:
+    """The entry with another sample in a slot. Where samples have several rows (boxes), those that one lacks are -1."""
+    if isinstance(values, torch.Tensor) and values.ndim > 1 and values.shape[1] != one.shape[1]:
+        rows = max(values.shape[1], one.shape[1])
+        values, one = (padded(entry, rows) for entry in (values, one))
+    values[slot] = one[0]
+    return values
+
+
+def padded(entries: torch.Tensor, rows: int) -> torch.Tensor:
+    """[B, R, ...] as [B, rows, ...], what is added being -1."""
+    missing = entries.new_full((len(entries), rows - entries.shape[1], *entries.shape[2:]), -1)
+    return torch.cat([entries, missing], 1)
 
 
 def outlive_a_signal(parent: int, forked: bool, worker: int) -> None:
@@ -252,8 +272,8 @@ def loader(config: Config, split: Split, order: Order, transform: Transform, dat
     dataset = ImageDataset(
         None if streamed else source,  # type: ignore[arg-type]
         transform,
-        num_classes=len(source.classes),
-        channels=source.channels,
+        source.kind,
+        source.channels,
     )
     return OrderedLoader(dataset, order, workers(config, split), source, len(split) if split.counted else None)
 

@@ -63,10 +63,10 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 class Rows(NamedTuple):
-    """Undecoded samples of a stream; a label that is no class number is one that was not read as such."""
+    """Undecoded samples of a stream; a label that could not be read has a fault."""
 
     pictures: list[bytes]
-    labels: np.ndarray  # int64 [B]
+    labels: np.ndarray  # [B]
 
 
 class Draw(NamedTuple):

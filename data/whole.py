@@ -42,10 +42,12 @@ def open_sources(config: Config, info: DatasetInfo | None, *, test: bool) -> dic
         sources: dict[str, Source] = {"train": train}
         for part, root in (("val", config.val_data_dir), ("test", config.test_data_dir if test else None)):
             if root:
-                sources[part] = FolderSource(Path(root), train.channels, train.classes)
+                sources[part] = FolderSource(Path(root), train.channels, train.kind.classes)
         return sources
     if config.dataset in SOURCES and not config.data_files:
-        return {"train": SOURCES[config.dataset]()}
+        found = SOURCES[config.dataset]()
+        given = found if isinstance(found, dict) else {"train": found}
+        return {part: source for part, source in given.items() if test or part != "test"}
     return dict(hub.whole_sources(config, info, test=test))
 
 
@@ -58,15 +60,17 @@ def cut_missing_splits(splits: dict[str, Split], config: Config) -> dict[str, Sp
     train, shares = splits["train"], missing_shares(list(splits), config)
     groups = groups_of_training(splits, config) if config.group_column else None
     if len(shares) > 1:
-        amounts = list(shares.values())
+        amounts, strata = list(shares.values()), train.source.kind.strata(train.labels)
         if groups is not None:
             try:
-                parts = grouped_split(train.ids, groups, train.labels, amounts, config.split_seed)
+                parts = grouped_split(
+                    train.ids, groups, train.source.kind.strata(train.labels), amounts, config.split_seed
+                )
             except DataError as error:
                 error.where = f"{hub.title(config)}, column {config.group_column}"
                 raise
         else:
-            parts = stratified_split(train.ids, train.labels, amounts, config.split_seed)
+            parts = stratified_split(train.ids, strata, amounts, config.split_seed)
         for part, ids in zip(shares, parts):
             if len(ids) or shares[part]:
                 splits[part] = Split(train.source, ids)
@@ -104,4 +108,4 @@ def joined(sources: Sequence[Source]) -> Source:
     if len(tensors) < len(sources) or len({source.images_NCHW.shape[1:] for source in tensors}) > 1:
         return JoinedSource(sources)
     images_NCHW = torch.cat([source.images_NCHW for source in tensors])
-    return TensorSource(images_NCHW, np.concatenate([source.labels for source in tensors]), sources[0].classes)
+    return TensorSource(images_NCHW, np.concatenate([source.labels for source in tensors]), sources[0].kind)

@@ -70,6 +70,10 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
     def init_weights(self) -> None:
         """Called by itself once the model is built, before any pretrained weights are loaded."""
 
+    def example_inputs(self, batch_size: int, channels: int, image_size: int) -> tuple[Any, ...]:
+        """Arguments of `forward` in training, on the device of the weights, to measure what it costs."""
+        return (torch.zeros(batch_size, channels, image_size, image_size, device=next(self.parameters()).device),)
+
     def describe(
         self,
         *,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.base_model import BaseModel
 from models.recompute import computing_once, recomputed
 
 
-def summarize(model: nn.Module, channels: int, image_size: int, batch_size: int) -> str:
+def summarize(model: BaseModel, channels: int, image_size: int, batch_size: int) -> str:
     """One line. FLOPs (two a multiply-add) are of one image's forward pass; activations are what a training
     step of batch_size keeps for its backward pass."""
     parameters = sum(p.numel() for p in model.parameters())
@@ -35,12 +36,12 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def cost(model: nn.Module, channels: int, image_size: int, batch_size: int) -> tuple[float, int]:
+def cost(model: BaseModel, channels: int, image_size: int, batch_size: int) -> tuple[float, int]:
     """FLOPs of one image, and bytes kept for backward at batch_size, from a copy on the meta device."""
     ghost = copy.deepcopy(model).to("meta").train()
     for block in recomputed(ghost):  # what it keeps is seen by nobody else
         block.register_forward_pre_hook(lambda _, inputs: tree_map_only(Tensor, note, inputs) and None)
-    images_BCHW = torch.zeros(batch_size, channels, image_size, image_size, device="meta")
+    inputs = ghost.example_inputs(batch_size, channels, image_size)
     own = {storage_of(tensor) for tensor in [*ghost.parameters(), *ghost.buffers()]}
     kept: dict[int, Tensor] = {}  # holds on to the tensors: an address is no other's while one lives
 
@@ -50,7 +51,7 @@ def cost(model: nn.Module, channels: int, image_size: int, batch_size: int) -> t
         return tensor
 
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        ghost(images_BCHW)
+        ghost(*inputs)
     return counter.get_total_flops() / batch_size, sum(t.untyped_storage().nbytes() for t in kept.values())
 
 

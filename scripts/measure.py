@@ -9,6 +9,7 @@ import models
 from configs.errors import DataError
 from configs.options import Config
 from data.dataset import check_labels, load_data
+from data.kinds import check_kind
 from data.leakage import duplicates_between
 from data.loader import eval_loader
 from data.sources import FolderSource
@@ -47,6 +48,7 @@ def open_split(config: Config, model: models.BaseModel, part: str) -> Split:
             show_copies(whole(FolderSource(Path(config.train_data_dir), config.channels)), own)
         return own
     data = load_data(config, test=part == "test")
+    check_kind(data.kind, TRAINERS[model.task].kinds, model.task)
     if data.classes != model.classes:
         raise DataError(
             f"the data have the classes {', '.join(data.classes[:5])} ..., "

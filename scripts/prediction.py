@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ Row = dict[str, Any]
 
 
 def predict_files(weights: str, inputs: list[Path], batch_size: int) -> Iterator[Row]:
-    """A row for each image: path, label, probability; or path and error for a file that is no image.
+    """A row for each image: path and what the task predicts (label, probability); or path and error for a file that is
+    no image.
 
     Weights and inputs are looked at before the first row is asked for.
     """
@@ -48,10 +49,9 @@ def predictions(model: models.BaseModel, paths: list[Path], batch_size: int) -> 
             except DataError as error:
                 rows[-1]["error"] = error.what
         if images:
-            probabilities_BC = trainer.inference(torch.stack(images)).cpu()
-            good = (row for row in rows if "error" not in row)
-            for row, (probability, number) in zip(good, zip(*(v.tolist() for v in probabilities_BC.max(1)))):
-                row |= {"label": model.classes[number], "probability": round(probability, 6)}
+            found = trainer.as_rows(trainer.inference(torch.stack(images)))
+            for row, prediction in zip((row for row in rows if "error" not in row), found):
+                row |= prediction
         bar.update(len(chunk))
         yield from rows
     bar.close()
@@ -78,12 +78,19 @@ def image_files(inputs: list[Path]) -> Iterator[Path]:
 def write(rows: Iterable[Row], output: Path) -> tuple[int, int]:
     """Rows as JSON lines or CSV, as they come; how many predictions and how many errors."""
     counts = {False: 0, True: 0}
+    rows = iter(rows)
+    held: list[Row] = []  # until the first prediction tells the columns
+    for row in rows if output.suffix == ".csv" else ():
+        held.append(row)
+        if "error" not in row:
+            break
+    columns = ["path", *(name for name in (held[-1] if held else {}) if name not in ("path", "error")), "error"]
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        table = csv.DictWriter(file, ["path", "label", "probability", "error"])
+        table = csv.DictWriter(file, columns)
         if output.suffix == ".csv":
             table.writeheader()
-        for row in rows:
+        for row in chain(held, rows):
             counts["error" in row] += 1
             if output.suffix == ".csv":
                 table.writerow(row)

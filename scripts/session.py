@@ -71,7 +71,7 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     model = outline(config, data) if trainer.sharded or config.sync_batch_norm else trainer.plain_model
     print(f"run       {trainer.run.path}")
     print(f"model     {config.model}: {summarize(model, data.info.channels, data.image_size, micro)}")
-    print(f"data      {data.name}: {sizes}; {len(data.classes)} classes")
+    print(f"data      {data.name}: {sizes}; {data.kind}")
     print(f"          {data.info.channels}x{data.image_size}x{data.image_size} pixels, augment {config.augment}")
     for line in sampling_lines(config, data):
         print(f"          {line}")

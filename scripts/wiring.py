@@ -10,6 +10,8 @@ import torch
 from configs.errors import ConfigError
 from configs.options import Config, nearest
 from data.dataset import Data, load_data, with_cache
+from data.kinds import check_kind
+from data.labels import Labels
 from data.leakage import duplicates_between
 from data.loader import eval_loader, train_loader
 from data.order import Use, mix, seed_cpu
@@ -22,40 +24,63 @@ from trainer.base_trainer import BaseTrainer
 from trainer.device import make_accelerator
 from trainer.main_trainer import MainTrainer
 
-# A task of your own: one line here, one file in trainer/.
+# A task of your own: one line here, one file in trainer/. The first whose labels the data have is the default.
 TRAINERS: dict[str, type[BaseTrainer]] = {"classification": MainTrainer}
+OF_CLASSES = ("mixup", "cutmix", "label_smoothing", "sampling", "augment_rare")  # options that need one class a sample
 
 Adapt = Callable[[type[BaseTrainer]], type[BaseTrainer]]
 
 
 def check_names(config: Config) -> None:
     """Refuse a task or a model that does not exist before any data are opened."""
-    if config.task not in TRAINERS:
+    if config.task and config.task not in TRAINERS:
         raise ConfigError(f"--task {config.task} does not exist", fix=nearest(config.task, list(TRAINERS)))
-    try:
-        check_name(config.model)
-    except ModelError as error:
-        raise ConfigError(f"--model {config.model}: {error}") from None
+    if config.model:
+        try:
+            check_name(config.model)
+        except ModelError as error:
+            raise ConfigError(f"--model {config.model}: {error}") from None
 
 
-def build_data(config: Config, *, shown: bool = True) -> tuple[Data, list[str]]:
-    """The data at the size that the model can take, and lines about what a user should know of them."""
+def completed(config: Config, kind: Labels) -> Config:
+    """The config with what follows from the labels of the data: the task, its usual model, its metric."""
+    task = config.task or next(name for name, trainer in TRAINERS.items() if kind.name in trainer.kinds)
+    trainer = TRAINERS[task]
+    check_kind(kind, trainer.kinds, task)
+    plain = Config()
+    if kind.name != "classes" and (given := [n for n in OF_CLASSES if getattr(config, n) != getattr(plain, n)]):
+        raise ConfigError(f"--{given[0]} needs one class a sample, and the data have {kind.name}", fix="leave it out")
+    return replace(
+        config,
+        task=task,
+        labels=kind.name,  # type: ignore[arg-type]
+        model=config.model or trainer.default_model,
+        monitor=config.monitor or trainer.default_monitor,
+    )
+
+
+def build_data(config: Config, *, shown: bool = True) -> tuple[Config, Data, list[str]]:
+    """The config completed, the data at the size that the model can take, and lines that a user should know."""
     data = load_data(config)
+    config = completed(config, data.kind)
+    assert config.model is not None
     size, notes = input_size(config.model, data.image_size), []
     if size != data.image_size:
         notes.append(f"{config.model} takes no images of {data.image_size} px: they are resized to {size} px")
     if shown and data.val is not None:
         warning = duplicates_between(data.train, data.val).warning()
         notes += [warning] if warning else []
-    return with_cache(replace(data, image_size=size), config, shown=shown), notes
+    return config, with_cache(replace(data, image_size=size), config, shown=shown), notes
 
 
 def build_model(config: Config, data: Data) -> BaseModel:
     """A described model, its weights drawn from the seed or loaded from --weights."""
+    config = completed(config, data.kind)
+    assert config.model is not None and config.task is not None
     seed_cpu(mix(config.seed, Use.WEIGHTS))
     model = build(
         config.model,
-        num_classes=len(data.classes),
+        **data.kind.model_args,
         in_channels=data.info.channels,
         image_size=data.image_size,
         dropout=config.dropout,
@@ -85,13 +110,14 @@ def build_trainer(config: Config, adapt: Adapt = lambda task: task) -> tuple[Bas
     accelerator = make_accelerator(config)
     config = replace(config, mixed_precision=accelerator.mixed_precision)
     with accelerator.main_process_first():  # one process prepares what the others then read
-        data, notes = build_data(config, shown=accelerator.is_main_process)
+        config, data, notes = build_data(config, shown=accelerator.is_main_process)
     model = build_model(config, data)
     if config.auto_micro_batch:
         images = data.info.channels, data.image_size, data.image_size
         found = micro_batch.found_or_recorded(config, model, images, accelerator)
         config = replace(config, micro_batch_size=found, auto_micro_batch=False)
     process, processes = accelerator.process_index, accelerator.num_processes
+    assert config.task is not None
     trainer = adapt(TRAINERS[config.task])(
         config,
         model,

@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -42,9 +43,14 @@ from trainer.windows import NO_WINDOW, Batch, EpochLengths, PositionedLoader, Wi
 class BaseTrainer(ABC):
     """Trains a model as a config says. A task writes the five abstract methods, or inherits MainTrainer's.
 
+    kinds: what its labels may be, names of data/kinds.py. default_model, default_monitor: where the config names none.
     model: a models.BaseModel. Loaders: any iterable of batches; a batch is a dict (images_BCHW, labels, ...) or
     an (images, labels) pair.
     """
+
+    kinds: tuple[str, ...] = ("classes",)
+    default_model = "simple_cnn"
+    default_monitor = "accuracy"
 
     def __init__(
         self,
@@ -56,6 +62,8 @@ class BaseTrainer(ABC):
         accelerator: Accelerator | None = None,
     ):
         self.accelerator = accelerator or make_accelerator(config)
+        self.monitor = config.monitor or self.default_monitor
+        config = replace(config, monitor=self.monitor)
         self.config, self.train_loader, self.val_loader = config, train_loader, val_loader
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
@@ -107,7 +115,7 @@ class BaseTrainer(ABC):
         self.exhausted = False  # the loader has given all of its epoch
         starting.check_lengths(self)
         self.trackers: list[Tracker] = []
-        self.table = Table(config.monitor, shown=self.is_main)
+        self.table = Table(self.monitor, shown=self.is_main)
 
     # ---- what a task writes -------------------------------------------------------------------------------
 
@@ -130,6 +138,10 @@ class BaseTrainer(ABC):
     @abstractmethod
     def inference(self, inputs: Tensor) -> Any:
         """Predictions for a batch of inputs."""
+
+    def as_rows(self, predictions: Any) -> list[dict[str, Any]]:
+        """What scripts/predict.py writes of each sample of `inference`'s predictions."""
+        raise UserError(f"{type(self).__name__} does not tell how its predictions are written", fix="write as_rows")
 
     def count(self, batch: Batch) -> Any:
         """What a mean loss is a mean over: samples. Masked or weighted losses count something else."""
@@ -237,9 +249,9 @@ class BaseTrainer(ABC):
         """After an evaluation: write it down, decide what is best, and save."""
         state, config = self.state, self.config
         judged = results.get("val", results["train"])
-        if config.monitor not in judged:
-            raise ConfigError(f"--monitor {config.monitor} is none of {', '.join(judged)}")
-        value, higher = judged[config.monitor], higher_is_better(config)
+        if self.monitor not in judged:
+            raise ConfigError(f"--monitor {self.monitor} is none of {', '.join(judged)}")
+        value, higher = judged[self.monitor], higher_is_better(config)
         place = {"step": state.step, "epoch": state.epoch}
         is_best = state.monitor.update(value, higher=higher, min_delta=config.min_delta, **place)
         if config.scheduler == "plateau":
@@ -295,7 +307,7 @@ class BaseTrainer(ABC):
         """Step, epoch and the best evaluation so far."""
         best = self.state.monitor
         found = {
-            "metric": self.config.monitor,
+            "metric": self.monitor,
             "value": best.best,
             "step": best.best_step,
             "epoch": best.best_epoch,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trainer.base_trainer import BaseTrainer
 from trainer.device import moved_ahead
 from trainer.losses import Criterion, Losses, combine
-from trainer.metrics import ClassificationMetrics, Meter, Sums, means
+from trainer.metrics import ClassificationMetrics, Meter, Metrics, Sums, means
 from trainer.mixing import mix_pairs
 from trainer.progress import Clock, EpochBar
 from trainer.windows import Batch
@@ -53,11 +53,12 @@ class MainTrainer(BaseTrainer):
             for batch in moved_ahead(self.polled(val_loader), self.device, self.on_device):
                 losses, predictions = self.forward_pass(batch)
                 count = self.count(batch)
-                meter.add(losses, count, (), self.state.step)
+                if losses is not None:
+                    meter.add(losses, count, (), self.state.step)
                 if count:  # a stand-in batch keeps processes in step and counts for nothing
-                    metrics.update(predictions, batch["labels"])
+                    metrics.update(predictions, batch)
         meter.read(sums)
-        return means(sums) | metrics.compute(self.reduce)
+        return means(sums) | metrics.compute(self.processes)
 
     @torch.no_grad()
     def inference(self, inputs: Tensor) -> Tensor:
@@ -66,7 +67,14 @@ class MainTrainer(BaseTrainer):
         with self.averaged():
             return self.model(inputs.to(self.device)).softmax(1)
 
-    def new_metrics(self) -> ClassificationMetrics:
+    def as_rows(self, predictions: Tensor) -> list[dict[str, Any]]:
+        highest_B, classes_B = (values.tolist() for values in predictions.max(1))
+        return [
+            {"label": self.plain_model.classes[number], "probability": round(probability, 6)}
+            for probability, number in zip(highest_B, classes_B)
+        ]
+
+    def new_metrics(self) -> Metrics:
         """What an evaluation counts, besides the losses."""
         return ClassificationMetrics(len(self.plain_model.classes), self.device)
 

@@ -14,12 +14,15 @@ HIGHER_IS_BETTER = {
     "map": True,
     "map50": True,
     "recall_at_1": True,
+    "recall_at_5": True,
+    "recall_at_10": True,
     "loss": False,
 }
 
 
 def higher_is_better(config: Config) -> bool:
     """From --monitor_mode, else from the table; parts of a loss (loss/<name>) are better when lower."""
+    assert config.monitor is not None, "a trainer has set it"
     if config.monitor_mode:
         return config.monitor_mode == "max"
     if config.monitor.startswith("loss/"):
@@ -34,6 +37,7 @@ def higher_is_better(config: Config) -> bool:
 
 def check_monitor(config: Config, val_names: list[str]) -> None:
     """Refuse a metric that no validation will give, before the first step."""
+    assert config.monitor is not None, "a trainer has set it"
     if config.monitor not in val_names:
         raise ConfigError(f"--monitor {config.monitor} is no validation metric", fix=nearest(config.monitor, val_names))
     higher_is_better(config)
