@@ -283,7 +283,7 @@ def test_a_capsule_names_the_samples_and_keys(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_a_first_update_that_is_skipped_leaves_no_trace(tmp_path, optimizer):
-    """As fp16's first steps often are. torch fills what is uninitialised with NaN where algorithms are deterministic."""
+    """As fp16's first often is. Where algorithms are deterministic, torch fills what is uninitialised with NaN."""
     options = {"nonfinite": "skip", "optimizer": optimizer, "lr": 0.01, "momentum": 0.9, "log_every": 10}
     batches = tiny_batches([4] * 4)
     batches[0][0][0] = math.nan
