@@ -42,9 +42,9 @@ def peaks(device_name: str, precisions: tuple[str, str]) -> tuple[float, float] 
     row = next((row for name, row in PEAKS if words >= set(name.split())), None)
     if row is None or words & OTHERS:
         return None
-    without_tf32 = {"tf32": row["fp32"]} | row
-    found = [without_tf32.get(precision) for precision in precisions]
-    return (found[0] * 1e12, found[1] * 1e12) if found[0] and found[1] else None
+    row = {"tf32": row.get("fp32", 0.0)} | row  # older devices have none
+    convolutions, products = (row.get(precision, 0.0) * 1e12 for precision in precisions)
+    return (convolutions, products) if convolutions and products else None
 
 
 def precisions(mixed_precision: str, dtype: str) -> tuple[str, str]:
