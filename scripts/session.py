@@ -16,7 +16,7 @@ from data.dataset import Data
 from data.order import TrainOrder, even_parts
 from data.sequential import SequentialStream
 from data.stream import Stream
-from models.summary import summarize
+from models.summary import cost, summarize
 from scripts import preflight
 from scripts.report import leave
 from scripts.wiring import build_trainer, device_name, outline
@@ -69,8 +69,11 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
         length = ("" if config.max_steps else f"{config.epochs} epochs, ") + f"{trainer.total_steps:,} steps"
     accumulated = -(-trainer.batch_share // micro)
     model = outline(config, data) if trainer.sharded or config.sync_batch_norm else trainer.plain_model
+    at = data.info.channels, data.image_size, micro
+    found = cost(model, *at)
+    trainer.forward_flops = found.convolution_flops, found.flops - found.convolution_flops
     print(f"run       {trainer.run.path}")
-    print(f"model     {config.model}: {summarize(model, data.info.channels, data.image_size, micro)}")
+    print(f"model     {config.model}: {summarize(model, *at, found)}")
     print(f"data      {data.name}: {sizes}; {data.kind}")
     print(f"          {data.info.channels}x{data.image_size}x{data.image_size} pixels, augment {config.augment}")
     for line in sampling_lines(config, data):

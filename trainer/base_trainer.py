@@ -109,6 +109,7 @@ class BaseTrainer(ABC):
         self.lr = 0.0
         self.grad_norm: Tensor | None = None
         self.clock = Clock()
+        self.forward_flops: tuple[float, float] | None = None  # of one sample, see trainer/mfu.py; a script sets it
         self.session_steps = 0
         self.epoch_lengths = EpochLengths(train_loader, self.batch_sizes, self.processes.number, config.max_steps)
         self.total_steps = config.max_steps or self.epoch_lengths.total(config.epochs)
@@ -207,6 +208,7 @@ class BaseTrainer(ABC):
                 self.save_checkpoint()  # to go back to
             while not self.finished:
                 results = {"train": self.train_epoch(self.train_loader)}
+                self.clock.stop()
                 if self.stop_is_due() and not self.epoch_is_complete():
                     return "preempted", "stop_after_steps"
                 if self.val_loader is not None:
@@ -291,7 +293,10 @@ class BaseTrainer(ABC):
 
     def where_it_is(self) -> str:
         """The step, and the samples of this process that are computed on, for the words of an error."""
-        ids = [id for batch in self.window.batches for id in batch.get("ids", torch.empty(0)).tolist()]
+        try:
+            ids = [id for batch in self.window.batches for id in batch.get("ids", torch.empty(0)).tolist()]
+        except RuntimeError:  # the device itself has failed, and gives nothing back
+            ids = []
         samples = f", samples {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}" if ids else ""
         return f"after step {self.state.step} of the run{samples}"
 
@@ -352,7 +357,9 @@ class BaseTrainer(ABC):
             return mine
         if isinstance(loader, PositionedLoader) and type(self).count is BaseTrainer.count:
             return self.batch_size
-        return self.reduce(torch.as_tensor(mine, dtype=torch.float32, device=self.device))
+        if isinstance(mine, Tensor):
+            return self.reduce(mine.to(self.device, torch.float32))
+        return self.reduce(torch.full((), mine, dtype=torch.float32, device=self.device))  # a copy would wait
 
     def micro_batches(self, window: Window) -> Iterator[Batch]:
         """Each micro-batch on the device, with the generators seeded by its place, ready for `optimize`."""

@@ -147,12 +147,15 @@ class ClassificationMetrics:
         return ("accuracy", "top5_accuracy", "f1") if num_classes > 5 else ("accuracy", "f1")
 
     def update(self, predictions: Tensor, batch: Batch) -> None:
-        """predictions: logits [B, C]."""
+        """predictions: logits [B, C]. Waits for nothing: a mask or bincount would have to know how many there are."""
         logits_BC, labels_B = predictions, batch["labels"]
         predicted_B = logits_BC.argmax(1)
         top5_B = (logits_BC.topk(min(5, self.num_classes), dim=1).indices == labels_B[:, None]).any(1)
-        for row, classes in enumerate((labels_B[predicted_B == labels_B], labels_B[top5_B], predicted_B, labels_B)):
-            self.counts[row] += torch.bincount(classes, minlength=self.num_classes)
+        every_B = torch.ones_like(labels_B)
+        for row, (classes_B, counted_B) in enumerate(
+            ((labels_B, predicted_B == labels_B), (labels_B, top5_B), (predicted_B, every_B), (labels_B, every_B))
+        ):
+            self.counts[row].index_add_(0, classes_B, counted_B.to(self.counts.dtype))
 
     def compute(self, processes: Processes | None = None) -> dict[str, float]:
         """Classes that neither occur nor are predicted do not count in f1, as in scikit-learn."""

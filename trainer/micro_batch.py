@@ -88,8 +88,9 @@ def fits(config: Config, model: nn.Module, images: tuple[int, int, int], size: i
         if device.type != "cuda":
             return True
         free, total = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
-        return free >= SPARE * total
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction())
+        left = min(free + torch.cuda.memory_reserved(device), allowed) - torch.cuda.max_memory_allocated(device)
+        return left >= SPARE * allowed
     except RuntimeError as error:  # cuBLAS and cuDNN have words of their own
         if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in TOO_MUCH):
             return False

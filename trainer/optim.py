@@ -32,7 +32,11 @@ def build_optimizers(model: nn.Module, config: Config, *, sharded: bool = False)
     decay, lr = config.weight_decay, peak_lr(config, config.batch_size)
     if config.optimizer == "sgd":
         nesterov, fused = config.momentum > 0, {} if sharded else fused  # torch has no fused one for parts
-        return [torch.optim.SGD(groups(parameters, decay), lr, config.momentum, nesterov=nesterov, **fused)]
+        sgd = torch.optim.SGD(groups(parameters, decay), lr, config.momentum, nesterov=nesterov, **fused)
+        if fused and config.momentum:  # torch leaves them as the memory was where the first update is not finite
+            for parameter in parameters:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return [sgd]
     if config.optimizer == "adam":
         return [torch.optim.Adam(groups(parameters, decay), lr, **fused)]
     if config.optimizer == "adamw":

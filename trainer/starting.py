@@ -35,6 +35,7 @@ def set_threads(trainer: BaseTrainer) -> None:
         state.cpu_threads = config.cpu_threads or default_threads(here)
     torch.set_num_threads(state.cpu_threads)
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses matrix products without it
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
 
