@@ -39,7 +39,7 @@ def png(value: int) -> bytes:
 class Pictures:
     """Twelve pictures; the grey value of number i is 10 * i. The bad ones are no pictures."""
 
-    classes, channels, in_memory = ("a", "b"), 1, False
+    kind, channels, in_memory = ClassLabels(["a", "b"]), 1, False
 
     def __init__(self, bad: set[int]):
         self.bad, self.labels = bad, np.arange(SIZE) % 2

@@ -87,7 +87,7 @@ def test_counting_an_evaluations_batches_waits_for_nothing():
     metrics = ClassificationMetrics(7, torch.device("cpu"))
     with NoWaiting():
         for part in (slice(0, 16), slice(16, 40)):
-            metrics.update(logits[part], labels[part])
+            metrics.update(logits[part], {"labels": labels[part]})
     assert metrics.counts.sum(1).tolist() == [
         (logits.argmax(1) == labels).sum().item(),
         sum(label in row.topk(5).indices for row, label in zip(logits, labels)),

@@ -148,7 +148,8 @@ class ClassificationMetrics:
 
     def update(self, predictions: Tensor, batch: Batch) -> None:
         """predictions: logits [B, C]. Waits for nothing: a mask or bincount would have to know how many there are."""
-        logits_BC, labels_B = predictions, batch["labels"]
+        logits_BC = predictions
+        labels_B: Tensor = batch["labels"]
         predicted_B = logits_BC.argmax(1)
         top5_B = (logits_BC.topk(min(5, self.num_classes), dim=1).indices == labels_B[:, None]).any(1)
         every_B = torch.ones_like(labels_B)
