@@ -24,7 +24,10 @@ def measure(config: Config, weights: str, part: str) -> dict[str, float] | None:
     accelerator = make_accelerator(config)
     split = open_split(config, model, part)
     # the weights are what best/ and ema.safetensors hold: averaged already; and no run is continued here
-    plain = replace(config, ema_decay=0.0, experiment_name=None, resume="auto", compile=False, optimizer="adamw")
+    plain = replace(
+        config, ema_decay=0.0, swa_start_epoch=None, swa_lr=None, experiment_name=None, resume="auto", compile=False,
+        optimizer="adamw",
+    )  # fmt: skip
     trainer = TRAINERS[model.task](plain, model, accelerator=accelerator)
     size = model.image_size or config.image_size or 224
     loader = eval_loader(config, split, size, accelerator.process_index, accelerator.num_processes)

@@ -85,7 +85,8 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
         print(f"          {named}: the {at_once} images computed at once are part of the result")
     print(
         f"          {config.optimizer}, lr {peak_lr(config, trainer.batch_size):g}, {config.scheduler}"
-        + (f", ema {config.ema_decay:g}" if trainer.ema else "")
+        + (f", ema {config.ema_decay:g}" if config.ema_decay else "")
+        + (f", swa from epoch {config.swa_start_epoch + 1} on" if config.swa_start_epoch is not None else "")
     )
     print(
         f"machine   {device_name(trainer.device)}, precision {accelerator.mixed_precision}, "
