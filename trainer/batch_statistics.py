@@ -22,7 +22,7 @@ class BatchStatistics:
     def __init__(self, model: nn.Module, reduce: Any):
         self.reduce = reduce
         norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.track_running_stats]
-        self.model, self.norms = model, norms
+        self.norms = norms
         self.running = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
         self.counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
         # so many digits that the order of a sum does not show; MPS has no more
@@ -51,12 +51,12 @@ class BatchStatistics:
         self.take(self.sums)
 
     @torch.no_grad()
-    def measure(self, batches: Iterable[Batch], forward: Callable[[Batch], object]) -> None:
+    def measure(self, model: nn.Module, batches: Iterable[Batch], forward: Callable[[Batch], object]) -> None:
         """Make them the mean of these micro-batches' own, for weights that no step has made. All but the norms that
         were training computes as in an evaluation."""
         norms = [norm for norm in self.norms if norm.training]
         kept, counters, sums = [norm.momentum for norm in norms], [t.clone() for t in self.counters], self.nothing()
-        self.model.eval()
+        model.eval()
         try:
             for norm in norms:
                 norm.train()

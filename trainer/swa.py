@@ -84,5 +84,5 @@ def average_epoch(trainer: BaseTrainer) -> None:
         loader.set_position(state.epoch, 0)
     with trainer.ema.applied():
         batches = moved_ahead(trainer.polled(loader), trainer.device, trainer.on_device)
-        trainer.batch_statistics.measure(batches, trainer.forward_pass)
+        trainer.batch_statistics.measure(trainer.model, batches, trainer.forward_pass)
         trainer.ema.take_over()
