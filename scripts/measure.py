@@ -14,11 +14,11 @@ from data.loader import eval_loader
 from data.sources import FolderSource
 from data.split import Split
 from data.whole import whole
-from scripts.wiring import TRAINERS
+from scripts.wiring import TRAINERS, look_at_views
 from trainer.device import make_accelerator
 
 
-def measure(config: Config, weights: str, part: str) -> dict[str, float] | None:
+def measure(config: Config, weights: str, part: str, *, tta: bool = False) -> dict[str, float] | None:
     """Metrics on the main process, None on the others. The model's config.json says how to feed it."""
     model = models.load(weights)
     accelerator = make_accelerator(config)
@@ -29,6 +29,8 @@ def measure(config: Config, weights: str, part: str) -> dict[str, float] | None:
         optimizer="adamw",
     )  # fmt: skip
     trainer = TRAINERS[model.task](plain, model, accelerator=accelerator)
+    if tta:
+        look_at_views(trainer)
     size = model.image_size or config.image_size or 224
     loader = eval_loader(config, split, size, accelerator.process_index, accelerator.num_processes)
     metrics = trainer.validate_epoch(loader)

@@ -17,6 +17,7 @@ from models import BaseModel, ModelError
 from models.load import load, load_weights_into
 from models.model import build, check_name, input_size
 from models.recompute import recompute_blocks
+from models.views import MeanOfViews
 from trainer import micro_batch
 from trainer.base_trainer import BaseTrainer
 from trainer.device import make_accelerator
@@ -67,6 +68,7 @@ def build_model(config: Config, data: Data) -> BaseModel:
         image_size=data.image_size,
         mean=data.info.mean,
         std=data.info.std,
+        horizontal_flip=data.info.horizontal_flip,
     )
     if config.weights:
         load_weights_into(model, config.weights)
@@ -128,6 +130,14 @@ def build_trainer(config: Config, adapt: Adapt = lambda task: task) -> tuple[Bas
         accelerator=accelerator,
     )
     return trainer, data, notes
+
+
+def look_at_views(trainer: BaseTrainer) -> None:
+    """--tta: from here on predictions are the mean over several views of each image."""
+    model = trainer.plain_model
+    if model.task != "classification":
+        raise ConfigError(f"--tta takes the mean of the probabilities of classes, and the model's task is {model.task}")
+    trainer.model = MeanOfViews(trainer.model, mirror=model.horizontal_flip)
 
 
 def device_name(device: torch.device) -> str:
