@@ -19,7 +19,7 @@ from configs.errors import ConfigError
 from models import ModelError
 from scripts.replaying import replay
 from scripts.session import run as session
-from tests.conftest import lines_of, run_script
+from tests.conftest import lines_of, same_run
 from tests.tiny import TinyNet, distance, tiny_batches, tiny_trainer, weights
 from trainer import checkpoint
 from trainer.distillation import distillation_loss, distilled, fingerprint, resized
@@ -143,7 +143,7 @@ RUN = (
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    run_script("train.py", "--epochs", "1", "--output_dir", folder, "--experiment_name", "teacher")
+    session(parse(["--epochs", "1", "--output_dir", str(folder), "--experiment_name", "teacher"]))
     return folder / "teacher"
 
 
@@ -160,8 +160,6 @@ def taught(teacher) -> Path:
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_teacher(teacher, taught):
-    from tests.conftest import same_run
-
     train(teacher, "parts", "--stop_after_steps", "17")
     same_run(taught, train(teacher, "parts"))
 

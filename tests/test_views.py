@@ -10,10 +10,16 @@ import torch
 from torch import nn
 
 import models
+from configs.arguments import parse
 from configs.errors import ConfigError
+from data.dataset import load_data
+from data.loader import eval_loader
+from data.transforms import eval_transform
 from models.views import MeanOfViews
+from scripts import predict, test
+from scripts.session import run as session
 from scripts.wiring import build_data, look_at_views
-from tests.conftest import lines_of, run_script
+from tests.conftest import lines_of
 from tests.tiny import TinyNet, tiny_trainer
 
 
@@ -44,20 +50,16 @@ def test_probabilities_are_the_mean_over_the_views(mirror, shape):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("views")
-    run_script("train.py", "--epochs", "2", "--output_dir", folder, "--experiment_name", "x", "--cpu_threads", "1")
+    session(parse(["--epochs", "2", "--output_dir", str(folder), "--experiment_name", "x", "--cpu_threads", "1"]))
     return folder / "x"
 
 
 def test_test_measures_the_mean_and_says_so(run):
-    run_script("test.py", "--weights", run, "--tta")
-    run_script("test.py", "--weights", run)
+    assert test.main(["--weights", str(run), "--tta"]) == 0
+    assert test.main(["--weights", str(run)]) == 0
     with_views, without = lines_of(run, "test")
     assert with_views["tta"] is True
     assert "tta" not in without
-    from configs.arguments import parse
-    from data.dataset import load_data
-    from data.loader import eval_loader
-
     config = parse(["--config", str(run / "config.yaml")])
     data, _ = build_data(config, shown=False)
     split = load_data(config, test=True).test
@@ -73,15 +75,13 @@ def test_test_measures_the_mean_and_says_so(run):
 
 
 def test_predict_writes_the_mean_of_a_model_that_may_see_mirror_images(tmp_path, image_folder):
-    flags = ["--train_data_dir", image_folder, "--epochs", "1", "--output_dir", tmp_path, "--experiment_name", "a"]
-    run_script("train.py", *flags, "--batch_size", "4")
+    flags = ["--train_data_dir", str(image_folder), "--output_dir", str(tmp_path), "--experiment_name", "a"]
+    session(parse([*flags, "--epochs", "1", "--batch_size", "4", "--num_workers", "0"]))
     best = tmp_path / "a" / "best"
     assert json.loads((best / "config.json").read_text())["preprocess"]["horizontal_flip"] is True
     file, output = image_folder / "dark" / "3.png", tmp_path / "p.jsonl"
-    run_script("predict.py", "--weights", best, file, "--tta", "--output", output)
+    assert predict.main(["--weights", str(best), str(file), "--tta", "--output", str(output)]) == 0
     model = models.load(str(best))
-    from data.transforms import eval_transform
-
     image = eval_transform(model.image_size or 0).cut(file.read_bytes(), 0, 1)[None]
     p_C = mean_by_hand(model, image, mirror=True)[0]
     row = json.loads(output.read_text())
