@@ -143,7 +143,7 @@ RUN = (
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    session(parse(["--epochs", "1", "--output_dir", str(folder), "--experiment_name", "teacher"]))
+    session(parse(["--epochs", "1", "--cpu_threads", "1", "--output_dir", str(folder), "--experiment_name", "teacher"]))
     return folder / "teacher"
 
 
