@@ -29,7 +29,7 @@ SWA: dict[str, Any] = {
 class BatchNormNet(TinyNet):
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.2))
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Dropout(0.2), nn.BatchNorm2d(8))
 
 
 def saved(run: Path, file: str) -> list[dict[str, torch.Tensor]]:
@@ -85,16 +85,16 @@ def test_batch_norm_has_the_statistics_of_the_mean(tmp_path):
         assert all(torch.equal(one[key], other[key]) for key in one)
     model = BatchNormNet()
     model.load_state_dict(mean_of(epochs[2:]), strict=False)
-    norm = model.body[1].train()
+    norm = model.body[2].train()
     norm.reset_running_stats()
     norm.momentum = None
-    model.body[2].eval()
+    model.body[1].eval()
     for images, _ in BATCHES:
         model(images)
     average = saved(runs["with"], "ema.safetensors")[-1]
-    assert torch.allclose(average["body.1.running_mean"], norm.running_mean, atol=1e-6)
-    assert torch.allclose(average["body.1.running_var"], norm.running_var, rtol=1e-5)
-    assert not torch.allclose(average["body.1.running_var"], mean_of(epochs[2:])["body.1.running_var"], rtol=1e-2)
+    assert torch.allclose(average["body.2.running_mean"], norm.running_mean, atol=1e-6)
+    assert torch.allclose(average["body.2.running_var"], norm.running_var, rtol=1e-5)
+    assert not torch.allclose(average["body.2.running_var"], mean_of(epochs[2:])["body.2.running_var"], rtol=1e-2)
 
 
 class Signalled(list):
