@@ -93,6 +93,14 @@ class ModelOptions:
     """Store image tensors with the channels last: faster on recent GPUs."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the weights, 0.999 for example; 0 is off."""
+    swa_start_epoch: int | None = None
+    """SWA: use the mean of the weights at the ends of epochs, from this one on (counted from 0)."""
+    teacher: str | None = None
+    """Distill this model into the one that is trained: whatever `--weights` takes that has a config.json beside it."""
+    distill_weight: float = 0.5
+    """Share of the distillation in the loss; the rest is the cross entropy with the labels."""
+    distill_temperature: float = 2.0
+    """What the logits of both models are divided by (https://arxiv.org/abs/1503.02531)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +129,8 @@ class OptimOptions:
     """Weight decay; biases and norms are left out."""
     grad_clip: float | None = None
     """Largest global gradient norm; the bare flag means 1.0."""
+    swa_lr: float | None = None
+    """Constant learning rate from `--swa_start_epoch` on; default: the schedule goes on."""
     scheduler: Literal["cosine", "step", "plateau", "exponential", "one_cycle", "constant"] = "cosine"
     """Course of the learning rate, computed once an optimizer step."""
     warmup_steps: int = 0
@@ -216,7 +226,8 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
                 "num_classes", "expect_processes"),
             0: ("warmup_steps", "keep_best", "num_workers", "min_delta", "mixup", "cutmix", "weight_decay", "seed",
                 "split_seed", "mix_off_epoch", "lr", "label_smoothing", "ema_decay", "random_erasing", "dropout",
-                "momentum", "decay_factor", "max_bad_fraction", "max_nonfinite"),
+                "momentum", "decay_factor", "max_bad_fraction", "max_nonfinite", "swa_start_epoch",
+                "distill_weight"),
         }  # fmt: skip
         for minimum, names in at_least.items():
             for name in names:
@@ -230,9 +241,10 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
         for name in ("label_smoothing", "ema_decay", "dropout", "momentum"):
             if (getattr(self, name) or 0) >= 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must be less than 1")
-        for name in ("random_erasing", "decay_factor", "max_bad_fraction"):
+        for name in ("random_erasing", "decay_factor", "max_bad_fraction", "distill_weight"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must be at most 1")
+        check_extras(self)
         if self.grad_clip is not None and not 0 < self.grad_clip < float("inf"):
             raise ConfigError(
                 f"--grad_clip is {self.grad_clip}: it must be above 0", fix="leave it out for no clipping"
@@ -289,6 +301,23 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
                 f"--resume {shown(self.resume)} names a run, and so does --experiment_name {self.experiment_name}",
                 fix="leave one of them out",
             )
+
+
+def check_extras(config: Config) -> None:
+    """What belongs to SWA and to distillation."""
+    for name, value in (("swa_lr", config.swa_lr), ("distill_temperature", config.distill_temperature)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"--{name} is {value}: it must be above 0")
+    if config.swa_start_epoch is not None and config.ema_decay:
+        raise ConfigError("--ema_decay and --swa_start_epoch both average the weights", fix="leave one of them out")
+    needs = {"swa_lr": "swa_start_epoch", "distill_weight": "teacher", "distill_temperature": "teacher"}
+    for name, needed in needs.items():
+        if getattr(config, needed) is None and getattr(config, name) != getattr(Config, name):
+            raise ConfigError(f"--{name} {getattr(config, name)} does nothing without --{needed}")
+    if config.teacher and config.task not in (None, "classification"):
+        raise ConfigError(
+            f"--teacher teaches the probabilities of classes, and --task is {config.task}", fix="leave it out"
+        )
 
 
 def milestones(words: tuple[str, ...]) -> tuple[tuple[int, int], ...]:

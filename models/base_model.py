@@ -50,6 +50,7 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
         self.task = "classification"
         self.classes: list[str] = []
         self.image_size: int | None = None
+        self.horizontal_flip = False
         self.register_buffer("mean_C11", torch.zeros(1, 1, 1), persistent=False)
         self.register_buffer("std_C11", torch.ones(1, 1, 1), persistent=False)
 
@@ -82,8 +83,11 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
         image_size: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        horizontal_flip: bool = False,
     ) -> None:
-        """Tell the model what it is trained on; it is saved with it. mean and std are for pixels of 0..1."""
+        """Tell the model what it is trained on; it is saved with it. mean and std are for pixels of 0..1.
+        horizontal_flip: a mirror image shows the same."""
+        self.horizontal_flip = horizontal_flip
         self.task, self.classes, self.image_size = task, list(classes), image_size
         for buffer, values in ((self.mean_C11, mean), (self.std_C11, std)):
             buffer.resize_(len(values), 1, 1).copy_(torch.tensor(values, dtype=torch.float64).reshape(-1, 1, 1))
@@ -102,7 +106,13 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
             "model_args": self.model_args,
             "task": self.task,
             "classes": self.classes,
-            "preprocess": {"image_size": self.image_size, "channels": len(mean), "mean": mean, "std": std},
+            "preprocess": {
+                "image_size": self.image_size,
+                "channels": len(mean),
+                "mean": mean,
+                "std": std,
+                "horizontal_flip": self.horizontal_flip,
+            },
         }
 
     def load_weights(self, file: str | Path, *, strict: bool = True) -> None:
@@ -160,6 +170,7 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
             image_size=preprocess["image_size"],
             mean=tuple(preprocess["mean"]),
             std=tuple(preprocess["std"]),
+            horizontal_flip=preprocess.get("horizontal_flip", False),  # models of before were not told
         )
         model.load_weights(weights)
         return model.eval()  # type: ignore[return-value]

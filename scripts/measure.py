@@ -15,18 +15,23 @@ from data.loader import eval_loader
 from data.sources import FolderSource
 from data.split import Split
 from data.whole import whole
-from scripts.wiring import TRAINERS
+from scripts.wiring import TRAINERS, look_at_views
 from trainer.device import make_accelerator
 
 
-def measure(config: Config, weights: str, part: str) -> dict[str, float] | None:
+def measure(config: Config, weights: str, part: str, *, tta: bool = False) -> dict[str, float] | None:
     """Metrics on the main process, None on the others. The model's config.json says how to feed it."""
     model = models.load(weights)
     accelerator = make_accelerator(config)
     split = open_split(config, model, part)
     # the weights are what best/ and ema.safetensors hold: averaged already; and no run is continued here
-    plain = replace(config, ema_decay=0.0, experiment_name=None, resume="auto", compile=False, optimizer="adamw")
+    plain = replace(
+        config, ema_decay=0.0, swa_start_epoch=None, swa_lr=None, experiment_name=None, resume="auto", compile=False,
+        optimizer="adamw",
+    )  # fmt: skip
     trainer = TRAINERS[model.task](plain, model, accelerator=accelerator)
+    if tta:
+        look_at_views(trainer)
     size = model.image_size or config.image_size or 224
     loader = eval_loader(config, split, size, accelerator.process_index, accelerator.num_processes)
     metrics = trainer.validate_epoch(loader)

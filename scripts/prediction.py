@@ -18,22 +18,24 @@ from configs.arguments import make_config
 from configs.errors import DataError
 from data.sources import is_hidden
 from data.transforms import eval_transform
-from scripts.wiring import TRAINERS
+from scripts.wiring import TRAINERS, look_at_views
 
 Row = dict[str, Any]
 
 
-def predict_files(weights: str, inputs: list[Path], batch_size: int) -> Iterator[Row]:
+def predict_files(weights: str, inputs: list[Path], batch_size: int, *, tta: bool = False) -> Iterator[Row]:
     """A row for each image: path and what the task predicts (label, probability); or path and error for a file that is
     no image.
 
     Weights and inputs are looked at before the first row is asked for.
     """
-    return predictions(models.load(weights), list(image_files(inputs)), batch_size)
+    return predictions(models.load(weights), list(image_files(inputs)), batch_size, tta=tta)
 
 
-def predictions(model: models.BaseModel, paths: list[Path], batch_size: int) -> Iterator[Row]:
+def predictions(model: models.BaseModel, paths: list[Path], batch_size: int, *, tta: bool = False) -> Iterator[Row]:
     trainer = TRAINERS[model.task](make_config(task=model.task), model)
+    if tta:
+        look_at_views(trainer)
     transform, channels = eval_transform(model.image_size or 224), len(model.mean_C11)
     bar = tqdm(total=len(paths), unit="image", disable=None)
     remaining = iter(paths)

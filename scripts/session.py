@@ -88,8 +88,14 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
         print(f"          {named}: the {at_once} images computed at once are part of the result")
     print(
         f"          {config.optimizer}, lr {peak_lr(config, trainer.batch_size):g}, {config.scheduler}"
-        + (f", ema {config.ema_decay:g}" if trainer.ema else "")
+        + (f", ema {config.ema_decay:g}" if config.ema_decay else "")
+        + (f", swa from epoch {config.swa_start_epoch + 1} on" if config.swa_start_epoch is not None else "")
     )
+    if config.teacher is not None:
+        print(
+            f"          taught by {config.teacher}: {config.distill_weight:g} of the loss at temperature "
+            f"{config.distill_temperature:g}"
+        )
     print(
         f"machine   {device_name(trainer.device)}, precision {accelerator.mixed_precision}, "
         f"{trainer.state.cpu_threads} thread(s)" + (", the model sharded by FSDP2" if trainer.sharded else "")

@@ -16,17 +16,26 @@ from data.leakage import duplicates_between
 from data.loader import eval_loader, train_loader
 from data.order import Use, mix, seed_cpu
 from models import BaseModel, ModelError
-from models.load import load_weights_into
+from models.load import load, load_weights_into
 from models.model import build, check_name, input_size
 from models.recompute import recompute_blocks
+from models.views import MeanOfViews
 from trainer import micro_batch
 from trainer.base_trainer import BaseTrainer
 from trainer.device import make_accelerator
+from trainer.distillation import distilled
 from trainer.main_trainer import MainTrainer
 
 # A task of your own: one line here, one file in trainer/. The first whose labels the data have is the default.
 TRAINERS: dict[str, type[BaseTrainer]] = {"classification": MainTrainer}
-OF_CLASSES = ("mixup", "cutmix", "label_smoothing", "sampling", "augment_rare")  # options that need one class a sample
+OF_CLASSES = (
+    "mixup",
+    "cutmix",
+    "label_smoothing",
+    "sampling",
+    "augment_rare",
+    "teacher",
+)  # that need one class a sample
 
 Adapt = Callable[[type[BaseTrainer]], type[BaseTrainer]]
 
@@ -91,6 +100,7 @@ def build_model(config: Config, data: Data) -> BaseModel:
         image_size=data.image_size,
         mean=data.info.mean,
         std=data.info.std,
+        horizontal_flip=data.info.horizontal_flip,
     )
     if config.weights:
         load_weights_into(model, config.weights)
@@ -104,6 +114,30 @@ def outline(config: Config, data: Data) -> BaseModel:
     return build_model(replace(config, weights=None), data)
 
 
+def load_teacher(teacher: str, config: Config, data: Data) -> BaseModel:
+    """Raises ConfigError where it was trained for something else than these data."""
+    model = load(teacher)
+    channels = len(model.mean_C11)
+    if model.task != config.task:
+        raise ConfigError(f"--teacher {teacher} was trained for {model.task}, --task is {config.task}")
+    if model.classes != data.classes:
+        raise ConfigError(
+            f"--teacher {teacher} has the {len(model.classes)} classes {listed(model.classes)}, "
+            f"the data the {len(data.classes)} classes {listed(data.classes)}",
+            fix="give a teacher that was trained for the same classes, in the same order",
+        )
+    if channels != data.info.channels:
+        raise ConfigError(
+            f"--teacher {teacher} takes images of {channels} channel(s), the data have {data.info.channels}",
+            fix=f"--channels {channels}",
+        )
+    return model
+
+
+def listed(names: list[str]) -> str:
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+
+
 def build_trainer(config: Config, adapt: Adapt = lambda task: task) -> tuple[BaseTrainer, Data, list[str]]:
     """Everything a run needs, and lines to tell about it. adapt: makes of a task's trainer the one that is used."""
     check_names(config)
@@ -112,13 +146,16 @@ def build_trainer(config: Config, adapt: Adapt = lambda task: task) -> tuple[Bas
     with accelerator.main_process_first():  # one process prepares what the others then read
         config, data, notes = build_data(config, shown=accelerator.is_main_process)
     model = build_model(config, data)
+    assert config.task is not None
+    task = TRAINERS[config.task]
+    if config.teacher is not None:
+        task = distilled(task, load_teacher(config.teacher, config, data).to(accelerator.device))
     if config.auto_micro_batch:
         images = data.info.channels, data.image_size, data.image_size
         found = micro_batch.found_or_recorded(config, model, images, accelerator)
         config = replace(config, micro_batch_size=found, auto_micro_batch=False)
     process, processes = accelerator.process_index, accelerator.num_processes
-    assert config.task is not None
-    trainer = adapt(TRAINERS[config.task])(
+    trainer = adapt(task)(
         config,
         model,
         train_loader(config, data, process, processes),
@@ -126,6 +163,14 @@ def build_trainer(config: Config, adapt: Adapt = lambda task: task) -> tuple[Bas
         accelerator=accelerator,
     )
     return trainer, data, notes
+
+
+def look_at_views(trainer: BaseTrainer) -> None:
+    """--tta: from here on predictions are the mean over several views of each image."""
+    model = trainer.plain_model
+    if model.task != "classification":
+        raise ConfigError(f"--tta takes the mean of the probabilities of classes, and the model's task is {model.task}")
+    trainer.model = MeanOfViews(trainer.model, mirror=model.horizontal_flip)
 
 
 def device_name(device: torch.device) -> str:

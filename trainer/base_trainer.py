@@ -23,16 +23,15 @@ from configs.errors import ConfigError, DataError, Diverged, UserError
 from configs.options import Config
 from data.batch_sizes import BatchSizes, check_shares
 from data.order import Use, mix, seed_device
-from trainer import checkpoint, reporting, run_folder, saving, sharding, signals, starting
+from trainer import checkpoint, reporting, run_folder, saving, sharding, signals, starting, swa
 from trainer.bad_samples import BadSamples, ReportingLoader
 from trainer.batch_statistics import BatchStatistics
 from trainer.device import ddp_options, make_accelerator, moved_ahead, with_synced_norms
-from trainer.ema import WeightAverage
 from trainer.losses import Criterion, Losses, Weights, loss_names, total
 from trainer.metrics import CURE, Meter
 from trainer.monitor import check_monitor, higher_is_better
 from trainer.nonfinite import NonFinite
-from trainer.optim import build_optimizers, clip_gradients, lr_factor, peak_lr
+from trainer.optim import build_optimizers, clip_gradients, lr_factor, peak_lr, swa_lr
 from trainer.processes import Processes
 from trainer.progress import Clock, EpochBar, Table
 from trainer.state import TrainState
@@ -95,7 +94,7 @@ class BaseTrainer(ABC):
         if config.compile:
             self.plain_model.compile()  # in place: names in the state dict stay as they are
         self.parameters = [p for p in self.plain_model.parameters() if p.requires_grad]
-        self.ema = WeightAverage(self.plain_model, config.ema_decay) if config.ema_decay else None
+        self.ema = swa.averaged_weights(config, self.plain_model, self.state)  # moving, or of epochs
         self.scaler = self.accelerator.scaler
 
         self.loss_weights: Weights = None  # get_criterion may set them
@@ -211,6 +210,7 @@ class BaseTrainer(ABC):
                 self.clock.stop()
                 if self.stop_is_due() and not self.epoch_is_complete():
                     return "preempted", "stop_after_steps"
+                swa.average_epoch(self)
                 if self.val_loader is not None:
                     results["val"] = self.validate_epoch(self.val_loader)
                     self.bad_samples.collect("val", self.val_loader, self.state.step)
@@ -404,7 +404,7 @@ class BaseTrainer(ABC):
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
         self.grad_norm = clip_gradients(self.parameters, config.grad_clip)
-        self.lr = peak_lr(config, self.batch_size) * self.lr_factor()
+        self.lr = swa_lr(config, self.batch_size, state.epoch) or peak_lr(config, self.batch_size) * self.lr_factor()
         if self.nonfinite.allows_update(self.grad_norm):
             # the optimizers themselves: Accelerate's wrappers look for an optional package at every step, 139 us
             for optimizer in self.optimizers:

@@ -19,8 +19,19 @@ LR_BATCH_SIZE = 256  # what --lr is for with --lr_scale, as in Goyal et al. 2017
 
 def peak_lr(config: Config, batch_size: int) -> float:
     """The peak learning rate of a global batch size."""
+    return scaled(config.lr, config, batch_size)
+
+
+def swa_lr(config: Config, batch_size: int, epoch: int) -> float | None:
+    """The constant learning rate of SWA's epochs; None in any other."""
+    if config.swa_lr is None or config.swa_start_epoch is None or epoch < config.swa_start_epoch:
+        return None
+    return scaled(config.swa_lr, config, batch_size)
+
+
+def scaled(lr: float, config: Config, batch_size: int) -> float:
     power = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[config.lr_scale]
-    return config.lr * (batch_size / LR_BATCH_SIZE) ** power
+    return lr * (batch_size / LR_BATCH_SIZE) ** power
 
 
 def build_optimizers(model: nn.Module, config: Config, *, sharded: bool = False) -> list[torch.optim.Optimizer]:
