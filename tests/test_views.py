@@ -61,7 +61,7 @@ def test_test_measures_the_mean_and_says_so(run):
     assert with_views["tta"] is True
     assert "tta" not in without
     config = parse(["--config", str(run / "config.yaml")])
-    data, _ = build_data(config, shown=False)
+    config, data, _ = build_data(config, shown=False)
     split = load_data(config, test=True).test
     assert split is not None
     model, p, labels = models.load(str(run)), [], []
