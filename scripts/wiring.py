@@ -22,10 +22,11 @@ from models.recompute import recompute_blocks
 from trainer import micro_batch
 from trainer.base_trainer import BaseTrainer
 from trainer.device import make_accelerator
+from trainer.contrastive_trainer import ContrastiveTrainer
 from trainer.main_trainer import MainTrainer
 
 # A task of your own: one line here, one file in trainer/. The first whose labels the data have is the default.
-TRAINERS: dict[str, type[BaseTrainer]] = {"classification": MainTrainer}
+TRAINERS: dict[str, type[BaseTrainer]] = {"classification": MainTrainer, "image_text": ContrastiveTrainer}
 OF_CLASSES = ("mixup", "cutmix", "label_smoothing", "sampling", "augment_rare")  # options that need one class a sample
 
 Adapt = Callable[[type[BaseTrainer]], type[BaseTrainer]]
