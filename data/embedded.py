@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.digit_captions import load_digit_captions
 from data.sources import Source, TensorSource
 
 
@@ -25,4 +26,7 @@ def load_digits() -> TensorSource:
 
 # A dataset of your own: a function that returns a Source, or one for each of train, val and test. Its mean and std go
 # into configs/dataset_info.py.
-SOURCES: dict[str, Callable[[], Source | dict[str, Source]]] = {"digits": load_digits}
+SOURCES: dict[str, Callable[[], Source | dict[str, Source]]] = {
+    "digits": load_digits,
+    "digit_captions": load_digit_captions,
+}

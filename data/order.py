@@ -32,6 +32,7 @@ class Use(IntEnum):
     GEOMETRY = 7
     REPEAT = 8
     BLOCKS = 9
+    CAPTION = 10
 
 
 def mix(*values: int, after: int = GOLDEN) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from models import torchvision_models
 from models.base_model import BaseModel, ModelError
+from models.clip import CLIP, PREFIX
 from models.simple_cnn import SimpleCNN
 
 # A model of your own: one line here. A builder takes num_classes, in_channels, image_size and, if it has one, dropout.
@@ -18,7 +19,8 @@ MODELS: dict[str, Callable[..., BaseModel]] = {
 
 
 def model_names() -> list[str]:
-    return [*MODELS, *torchvision_models.names()]
+    classifiers = [*MODELS, *torchvision_models.names()]
+    return [*classifiers, *(PREFIX + name for name in classifiers)]
 
 
 def check_name(name: str) -> None:
@@ -32,7 +34,9 @@ def build(name: str, **model_args: Any) -> BaseModel:
     """A model with fresh weights from the current state of torch's generator."""
     check_name(name)
     given = {key: value for key, value in model_args.items() if key != "architecture" and value is not None}
-    builder = MODELS.get(name, partial(torchvision_models.TorchvisionClassifier, name))
+    check_labels_fit(name, given)
+    image_text = partial(CLIP, name) if name.startswith(PREFIX) else None
+    builder = image_text or MODELS.get(name, partial(torchvision_models.TorchvisionClassifier, name))
     try:
         model = builder(**given)
     except TypeError as error:
@@ -43,7 +47,15 @@ def build(name: str, **model_args: Any) -> BaseModel:
     return model
 
 
+def check_labels_fit(name: str, given: dict[str, Any]) -> None:
+    """Raises ModelError for a classifier of captions, or a clip/ model of anything else."""
+    if ("tokenizer" in given) != name.startswith(PREFIX):
+        other = name.removeprefix(PREFIX) if name.startswith(PREFIX) else PREFIX + name
+        raise ModelError(f"--model {name} does not fit the labels of the data: take {other}")
+
+
 def input_size(name: str, image_size: int) -> int:
     """The side of the images that the model will be given: image_size, or more where it cannot take so little."""
     check_name(name)
+    name = name.removeprefix(PREFIX)
     return image_size if name in MODELS else torchvision_models.input_size(name, image_size)

@@ -22,20 +22,18 @@ from models.recompute import recompute_blocks
 from models.views import MeanOfViews
 from trainer import micro_batch
 from trainer.base_trainer import BaseTrainer
+from trainer.contrastive_trainer import ContrastiveTrainer
 from trainer.device import make_accelerator
 from trainer.distillation import distilled
 from trainer.main_trainer import MainTrainer
 
 # A task of your own: one line here, one file in trainer/. The first whose labels the data have is the default.
-TRAINERS: dict[str, type[BaseTrainer]] = {"classification": MainTrainer}
-OF_CLASSES = (
-    "mixup",
-    "cutmix",
-    "label_smoothing",
-    "sampling",
-    "augment_rare",
-    "teacher",
-)  # that need one class a sample
+TRAINERS: dict[str, type[BaseTrainer]] = {
+    "classification": MainTrainer,
+    "image_text": ContrastiveTrainer,
+}
+# options that need one class a sample
+OF_CLASSES = ("mixup", "cutmix", "label_smoothing", "sampling", "augment_rare", "teacher")
 
 Adapt = Callable[[type[BaseTrainer]], type[BaseTrainer]]
 

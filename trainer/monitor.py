@@ -16,6 +16,9 @@ HIGHER_IS_BETTER = {
     "recall_at_1": True,
     "recall_at_5": True,
     "recall_at_10": True,
+    "image_to_text_recall_at_1": True,
+    "image_to_text_recall_at_5": True,
+    "image_to_text_recall_at_10": True,
     "loss": False,
 }
 
