@@ -9,6 +9,7 @@ from typing import Any
 
 from models import torchvision_models
 from models.base_model import BaseModel, ModelError
+from models.multi_head import MultiHead
 from models.simple_cnn import SimpleCNN
 
 # A model of your own: one line here. A builder takes num_classes, in_channels, image_size and, if it has one, dropout.
@@ -33,12 +34,14 @@ def build(name: str, **model_args: Any) -> BaseModel:
     check_name(name)
     given = {key: value for key, value in model_args.items() if key != "architecture" and value is not None}
     builder = MODELS.get(name, partial(torchvision_models.TorchvisionClassifier, name))
+    if "heads" in given:  # several tasks
+        builder = partial(MultiHead, name)
     try:
         model = builder(**given)
     except TypeError as error:
         raise ModelError(f"{name} cannot be built with {sorted(given)}: {error}") from None
     model.name = name
-    if name in MODELS and not isinstance(builder, type):
+    if name in MODELS and not isinstance(builder, type) and "heads" not in given:
         model.model_args = given  # a function builds it: these are its arguments, not the constructor's
     return model
 

@@ -118,7 +118,7 @@ def sampling_lines(config: Config, data: Data) -> list[str]:
     if isinstance(split.source, SequentialStream):
         return [f"streamed from the front: {config.shuffle_buffer:,} rows shuffled at a time"]
     lines = []
-    counts_C = np.bincount(split.labels, minlength=len(data.classes))
+    counts_C = data.kind.counts(split.labels)
     if config.sampling != "uniform":
         weights = repeats(split.labels, len(data.classes), config.sampling)
         seen_C = effective_counts(split.labels, weights, len(data.classes))

@@ -10,6 +10,7 @@ import torch
 from configs.errors import ConfigError
 from configs.options import Config, nearest
 from data.dataset import Data, load_data, with_cache
+from data.described import described
 from data.kinds import check_kind
 from data.labels import Labels
 from data.leakage import duplicates_between
@@ -23,9 +24,11 @@ from trainer import micro_batch
 from trainer.base_trainer import BaseTrainer
 from trainer.device import make_accelerator
 from trainer.main_trainer import MainTrainer
+from trainer.multitask_trainer import MultiTaskTrainer
 
 # A task of your own: one line here, one file in trainer/. The first whose labels the data have is the default.
-TRAINERS: dict[str, type[BaseTrainer]] = {"classification": MainTrainer}
+TRAINERS: dict[str, type[BaseTrainer]] = {"classification": MainTrainer, "multitask": MultiTaskTrainer}
+OF_KINDS = {"class_weights": ("classes", "multi_label", "several"), "loss_weights": ("several",)}
 OF_CLASSES = ("mixup", "cutmix", "label_smoothing", "sampling", "augment_rare")  # options that need one class a sample
 
 Adapt = Callable[[type[BaseTrainer]], type[BaseTrainer]]
@@ -50,12 +53,14 @@ def completed(config: Config, kind: Labels) -> Config:
     plain = Config()
     if kind.name != "classes" and (given := [n for n in OF_CLASSES if getattr(config, n) != getattr(plain, n)]):
         raise ConfigError(f"--{given[0]} needs one class a sample, and the data have {kind.name}", fix="leave it out")
+    for name, kinds in OF_KINDS.items():
+        if getattr(config, name) != getattr(plain, name) and kind.name not in kinds:
+            raise ConfigError(f"--{name} is of no use where the data have {kind.name}", fix="leave it out")
     return replace(
         config,
         task=task,
         labels=kind.name,  # type: ignore[arg-type]
         model=config.model or trainer.default_model,
-        monitor=config.monitor or trainer.default_monitor,
     )
 
 
@@ -84,6 +89,7 @@ def build_model(config: Config, data: Data) -> BaseModel:
         in_channels=data.info.channels,
         image_size=data.image_size,
         dropout=config.dropout,
+        learnt_weights=config.loss_weights == ("learnt",) or None,
     )
     model.describe(
         task=config.task,
@@ -91,6 +97,7 @@ def build_model(config: Config, data: Data) -> BaseModel:
         image_size=data.image_size,
         mean=data.info.mean,
         std=data.info.std,
+        labels=described(data.kind, None if data.train.streamed else data.train.labels, config.class_weights),
     )
     if config.weights:
         load_weights_into(model, config.weights)
