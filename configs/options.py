@@ -10,7 +10,7 @@ from configs.errors import ConfigError
 from configs.names import check_texts
 from configs.secrets import shown
 
-OF_DATASETS = ("data_files", "image_column", "label_column")  # of no use with an image folder
+OF_DATASETS = ("data_files", "image_column", "label_column", "label_columns")  # of no use with an image folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,8 @@ class DataOptions:
     """Image column of a Hugging Face dataset; default: the first of type Image."""
     label_column: str | None = None
     """Label column of a Hugging Face dataset; default: the first of type ClassLabel."""
+    label_columns: tuple[str, ...] = ()
+    """Several label columns, each a task: classes, lists of classes, or numbers by its type; labels may be missing."""
     labels: Literal["classes", "multi_label", "numbers", "boxes", "captions", "several"] | None = None
     """What the labels are; default: from the columns."""
     num_classes: int | None = None
@@ -141,6 +143,10 @@ class OptimOptions:
     """Epochs between two decays of step; evaluations without improvement before one of plateau."""
     label_smoothing: float = 0.0
     """Share of each label spread evenly over all classes."""
+    class_weights: Literal["none", "balanced", "sqrt"] = "none"
+    """The loss of a sample weighs by 1 / (its class's training samples), or by the root of that."""
+    loss_weights: tuple[str, ...] = ()
+    """What the losses of several tasks weigh, `digit=1 ink=0.5`; or `learnt` (https://arxiv.org/abs/1705.07115)."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of weights and sums; float64 is for comparing runs, and slow."""
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = None
@@ -286,7 +292,18 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
             )
         if self.mix_weights and self.sampling != "uniform":
             raise ConfigError(f"--sampling {self.sampling} and --mix_weights both say how often a sample comes")
-        needs_labels = {"cache": "none", "sampling": "uniform", "augment_rare": "none", "group_column": None}
+        if self.class_weights != "none" and self.sampling != "uniform":
+            raise ConfigError(
+                f"--class_weights {self.class_weights} and --sampling {self.sampling} both make up for rare classes",
+                fix="leave one of them out",
+            )
+        if self.label_column and self.label_columns:
+            raise ConfigError("--label_column and --label_columns both name the labels", fix="leave one of them out")
+        check_loss_weights(self.loss_weights)
+        needs_labels = {
+            "cache": "none", "sampling": "uniform", "augment_rare": "none", "group_column": None,
+            "class_weights": "none",
+        }  # fmt: skip
         if self.streaming and (given := [name for name, off in needs_labels.items() if getattr(self, name) != off]):
             raise ConfigError(
                 f"--{given[0]} {getattr(self, given[0])} needs all data at hand, and --streaming has a part of them",
@@ -333,6 +350,22 @@ def milestones(words: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
             raise ConfigError(f"--batch_size_schedule {shown(' '.join(words))}: its epochs must rise from 1 on")
         found.append((int(epoch), int(size)))
     return tuple(found)
+
+
+def check_loss_weights(words: tuple[str, ...]) -> None:
+    """Raises ConfigError where they are neither `learnt` nor NAME=NUMBER."""
+    if words == ("learnt",):
+        return
+    for word in words:
+        name, equals, number = word.rpartition("=")
+        try:
+            good = bool(name and equals) and 0 <= float(number) < float("inf")
+        except ValueError:
+            good = False
+        if not good:
+            raise ConfigError(
+                f"--loss_weights has {shown(word)}", fix="give NAME=NUMBER for each task, for example digit=1 ink=0.5"
+            )
 
 
 def nearest(name: str, names: list[str]) -> str:

@@ -10,9 +10,17 @@ from configs.errors import ConfigError
 from configs.options import Config
 from data.captions import CaptionLabels
 from data.labels import ClassLabels, Column, Labels
+from data.several import SeveralLabels
+from data.targets import MultiLabels, NumberLabels
 
 # The first whose columns are found is taken, unless --labels names one.
-KINDS: dict[str, type[Labels]] = {"classes": ClassLabels, "captions": CaptionLabels}
+KINDS: dict[str, type[Labels]] = {
+    "classes": ClassLabels,
+    "multi_label": MultiLabels,
+    "numbers": NumberLabels,
+    "several": SeveralLabels,
+    "captions": CaptionLabels,
+}
 
 
 def open_labels(
@@ -20,9 +28,11 @@ def open_labels(
 ) -> Labels:
     """The labels of a Hugging Face dataset. column: reads one whole; None of a stream that is read from the front."""
     info = info or DatasetInfo()
-    kind = config.labels or info.labels
+    kind = config.labels or ("several" if config.label_columns else info.labels)
     if kind is None:
-        fitting = [name for name, labels in KINDS.items() if labels.fits(features)]
+        named = config.label_column if config.label_column in features else None
+        looked_at = {named: features[named]} if named else features
+        fitting = [name for name, labels in KINDS.items() if labels.fits(looked_at)]
         kind = fitting[0] if fitting else "classes"  # whose error tells what is missing
     return KINDS[kind].open(features, column, config, info, title)
 

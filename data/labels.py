@@ -101,6 +101,10 @@ class ClassLabels:
     def read(self, cells: Cells, title: str, *, strict: bool = True) -> np.ndarray:
         return numbers_of(cells[self.columns[0]], self.classes, title, strict=strict)
 
+    def absent(self, label: Any) -> bool:
+        """Whether it is merely missing, as one of several labels may be."""
+        return bool(label == -1)
+
     def fault(self, label: Any) -> str:
         if 0 <= label < len(self.classes):
             return ""

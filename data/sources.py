@@ -47,7 +47,8 @@ class TensorSource:
     def __init__(self, images_NCHW: torch.Tensor, labels: np.ndarray, kind: Labels | list[str]):
         """kind: the names of the classes that the labels number, or labels of another kind."""
         self.kind: Labels = ClassLabels(kind) if isinstance(kind, list) else kind
-        self.images_NCHW, self.labels = images_NCHW, labels if labels.dtype == object else labels.astype(np.int64)
+        self.images_NCHW = images_NCHW
+        self.labels = labels if labels.dtype.kind in "Of" else labels.astype(np.int64)
         self.channels = images_NCHW.shape[1]
         self.bad: dict[int, str] = {}  # places without a picture, and why
 

@@ -10,6 +10,7 @@ from typing import Any
 from models import torchvision_models
 from models.base_model import BaseModel, ModelError
 from models.clip import CLIP, PREFIX
+from models.multi_head import MultiHead
 from models.simple_cnn import SimpleCNN
 
 # A model of your own: one line here. A builder takes num_classes, in_channels, image_size and, if it has one, dropout.
@@ -35,14 +36,18 @@ def build(name: str, **model_args: Any) -> BaseModel:
     check_name(name)
     given = {key: value for key, value in model_args.items() if key != "architecture" and value is not None}
     check_labels_fit(name, given)
-    image_text = partial(CLIP, name) if name.startswith(PREFIX) else None
-    builder = image_text or MODELS.get(name, partial(torchvision_models.TorchvisionClassifier, name))
+    if "heads" in given:  # several tasks
+        builder: Callable[..., BaseModel] = partial(MultiHead, name)
+    elif name.startswith(PREFIX):
+        builder = partial(CLIP, name)
+    else:
+        builder = MODELS.get(name, partial(torchvision_models.TorchvisionClassifier, name))
     try:
         model = builder(**given)
     except TypeError as error:
         raise ModelError(f"{name} cannot be built with {sorted(given)}: {error}") from None
     model.name = name
-    if name in MODELS and not isinstance(builder, type):
+    if name in MODELS and not isinstance(builder, type) and "heads" not in given:
         model.model_args = given  # a function builds it: these are its arguments, not the constructor's
     return model
 

@@ -10,6 +10,7 @@ import torch
 from configs.errors import ConfigError
 from configs.options import Config, nearest
 from data.dataset import Data, load_data, with_cache
+from data.described import described
 from data.kinds import check_kind
 from data.labels import Labels
 from data.leakage import duplicates_between
@@ -26,14 +27,17 @@ from trainer.contrastive_trainer import ContrastiveTrainer
 from trainer.device import make_accelerator
 from trainer.distillation import distilled
 from trainer.main_trainer import MainTrainer
+from trainer.multitask_trainer import MultiTaskTrainer
 
 # A task of your own: one line here, one file in trainer/. The first whose labels the data have is the default.
 TRAINERS: dict[str, type[BaseTrainer]] = {
     "classification": MainTrainer,
     "image_text": ContrastiveTrainer,
+    "multitask": MultiTaskTrainer,
 }
 # options that need one class a sample
 OF_CLASSES = ("mixup", "cutmix", "label_smoothing", "sampling", "augment_rare", "teacher")
+OF_KINDS = {"class_weights": ("classes", "multi_label", "several"), "loss_weights": ("several",)}
 
 Adapt = Callable[[type[BaseTrainer]], type[BaseTrainer]]
 
@@ -57,12 +61,14 @@ def completed(config: Config, kind: Labels) -> Config:
     plain = Config()
     if kind.name != "classes" and (given := [n for n in OF_CLASSES if getattr(config, n) != getattr(plain, n)]):
         raise ConfigError(f"--{given[0]} needs one class a sample, and the data have {kind.name}", fix="leave it out")
+    for name, kinds in OF_KINDS.items():
+        if getattr(config, name) != getattr(plain, name) and kind.name not in kinds:
+            raise ConfigError(f"--{name} is of no use where the data have {kind.name}", fix="leave it out")
     return replace(
         config,
         task=task,
         labels=kind.name,  # type: ignore[arg-type]
         model=config.model or trainer.default_model,
-        monitor=config.monitor or trainer.default_monitor,
     )
 
 
@@ -91,6 +97,7 @@ def build_model(config: Config, data: Data) -> BaseModel:
         in_channels=data.info.channels,
         image_size=data.image_size,
         dropout=config.dropout,
+        learnt_weights=config.loss_weights == ("learnt",) or None,
     )
     model.describe(
         task=config.task,
@@ -99,6 +106,7 @@ def build_model(config: Config, data: Data) -> BaseModel:
         mean=data.info.mean,
         std=data.info.std,
         horizontal_flip=data.info.horizontal_flip,
+        labels=described(data.kind, None if data.train.streamed else data.train.labels, config.class_weights),
     )
     if config.weights:
         load_weights_into(model, config.weights)

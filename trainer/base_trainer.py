@@ -61,7 +61,7 @@ class BaseTrainer(ABC):
         accelerator: Accelerator | None = None,
     ):
         self.accelerator = accelerator or make_accelerator(config)
-        self.monitor = config.monitor or self.default_monitor
+        self.monitor = config.monitor or self.usual_monitor(model)
         config = replace(config, monitor=self.monitor)
         self.config, self.train_loader, self.val_loader = config, train_loader, val_loader
         self.device = self.accelerator.device
@@ -154,6 +154,11 @@ class BaseTrainer(ABC):
     def hits(self, *kept: Any) -> dict[str, Tensor]:
         """Training metrics of many steps at once: bool [N] by name."""
         return {}
+
+    @classmethod
+    def usual_monitor(cls, model: Any) -> str:
+        """What decides where --monitor does not."""
+        return cls.default_monitor
 
     def val_metric_names(self) -> list[str]:
         """The keys that `validate_epoch` will return, for --monitor."""

@@ -161,6 +161,8 @@ class ClassificationMetrics:
     def compute(self, processes: Processes | None = None) -> dict[str, float]:
         """Classes that neither occur nor are predicted do not count in f1, as in scikit-learn."""
         counts = self.counts if processes is None or processes.reduce is None else processes.reduce(self.counts)
+        if not counts[3].any():  # no sample has a label
+            return {}
         hits, top5, predicted, true = counts.cpu().double()
         seen = (predicted + true) > 0
         f1 = (2 * hits / (predicted + true).clamp(min=1))[seen]

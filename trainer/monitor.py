@@ -12,6 +12,9 @@ HIGHER_IS_BETTER = {
     "top5_accuracy": True,
     "f1": True,
     "map": True,
+    "r2": True,
+    "mae": False,
+    "rmse": False,
     "map50": True,
     "recall_at_1": True,
     "recall_at_5": True,
@@ -30,12 +33,13 @@ def higher_is_better(config: Config) -> bool:
         return config.monitor_mode == "max"
     if config.monitor.startswith("loss/"):
         return False
-    if config.monitor not in HIGHER_IS_BETTER:
+    metric = config.monitor.rpartition("/")[2]  # of one of several tasks, as in digit/accuracy
+    if metric not in HIGHER_IS_BETTER:
         raise ConfigError(
             f"--monitor {config.monitor}: is less or more of it better?",
             fix=f"add --monitor_mode min or max; or {nearest(config.monitor, list(HIGHER_IS_BETTER))}",
         )
-    return HIGHER_IS_BETTER[config.monitor]
+    return HIGHER_IS_BETTER[metric]
 
 
 def check_monitor(config: Config, val_names: list[str]) -> None:
