@@ -112,9 +112,7 @@ def learn_tokenizer(texts: Iterable[str]) -> str:
     try:
         from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     except ImportError:
-        raise ConfigError(
-            "captions need the package tokenizers", fix="pip install -e '.[multimodal]'"
-        ) from None
+        raise ConfigError("captions need the package tokenizers", fix="pip install -e '.[multimodal]'") from None
     texts = list(texts)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])

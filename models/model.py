@@ -10,11 +10,13 @@ from typing import Any
 from models import torchvision_models
 from models.base_model import BaseModel, ModelError
 from models.clip import CLIP, PREFIX
+from models.grid_cnn import GridCNN
 from models.simple_cnn import SimpleCNN
 
 # A model of your own: one line here. A builder takes num_classes, in_channels, image_size and, if it has one, dropout.
 MODELS: dict[str, Callable[..., BaseModel]] = {
     "simple_cnn": SimpleCNN,
+    "grid_cnn": GridCNN,
 }
 
 

@@ -21,8 +21,8 @@ from models.model import build, check_name, input_size
 from models.recompute import recompute_blocks
 from trainer import micro_batch
 from trainer.base_trainer import BaseTrainer
-from trainer.device import make_accelerator
 from trainer.contrastive_trainer import ContrastiveTrainer
+from trainer.device import make_accelerator
 from trainer.main_trainer import MainTrainer
 
 # A task of your own: one line here, one file in trainer/. The first whose labels the data have is the default.
@@ -51,6 +51,8 @@ def completed(config: Config, kind: Labels) -> Config:
     plain = Config()
     if kind.name != "classes" and (given := [n for n in OF_CLASSES if getattr(config, n) != getattr(plain, n)]):
         raise ConfigError(f"--{given[0]} needs one class a sample, and the data have {kind.name}", fix="leave it out")
+    if kind.name == "captions" and config.auto_micro_batch:
+        raise ConfigError("--auto_micro_batch cuts a batch that the contrastive loss needs whole", fix="leave it out")
     return replace(
         config,
         task=task,

@@ -44,7 +44,14 @@ def test_the_layers_hold(layer: str):
 
 
 def test_models_need_torch_and_the_hub_alone():
-    allowed = {"torch", "torchvision", "safetensors", "huggingface_hub", "tokenizers", "models"} | sys.stdlib_module_names
+    allowed = {
+        "torch",
+        "torchvision",
+        "safetensors",
+        "huggingface_hub",
+        "tokenizers",
+        "models",
+    } | sys.stdlib_module_names
     for path in (ROOT / "models").glob("*.py"):
         assert {name.split(".")[0] for name in imported(ast.parse(path.read_text()))} <= allowed, path
 
