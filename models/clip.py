@@ -105,7 +105,7 @@ class TextEncoder(nn.Module):
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """[B, embedding]; each row of tokens has one at least that is not PAD."""
         padding_BL = tokens_BL == PAD
-        features_BLD = self.words(tokens_BL) + self.places
+        features_BLD = self.words(tokens_BL) + self.places[: tokens_BL.shape[1]]
         for layer in self.layers:
             features_BLD = layer(features_BLD, src_key_padding_mask=padding_BL)
         share_BL1 = (~padding_BL).to(features_BLD.dtype)[..., None]

@@ -21,15 +21,16 @@ MODELS: dict[str, Callable[..., BaseModel]] = {
 
 
 def model_names() -> list[str]:
-    classifiers = [*MODELS, *torchvision_models.names()]
-    return [*classifiers, *(PREFIX + name for name in classifiers)]
+    """Of image classifiers; each of them is the image side of the model clip/<name>, too."""
+    return [*MODELS, *torchvision_models.names()]
 
 
 def check_name(name: str) -> None:
     """Raises ModelError with the nearest names where there is no such model."""
-    if name not in model_names():
-        near = difflib.get_close_matches(name, model_names(), n=3, cutoff=0.4) or list(MODELS)
-        raise ModelError(f"no model is called {name!r}: did you mean {' or '.join(near)}?")
+    prefix = PREFIX if name.startswith(PREFIX) else ""
+    if name.removeprefix(PREFIX) not in model_names():
+        near = difflib.get_close_matches(name.removeprefix(PREFIX), model_names(), n=3, cutoff=0.4) or list(MODELS)
+        raise ModelError(f"no model is called {name!r}: did you mean {' or '.join(prefix + one for one in near)}?")
 
 
 def build(name: str, **model_args: Any) -> BaseModel:
