@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +296,42 @@ def test_hub_datasets_have_their_captions_found(tmp_path):
         rows = streamed.train.source.rows(np.arange(10))
         assert rows.labels[3] == (tuple(texts[3]) if column == "sentences" else ("grey 3",))
         assert streamed.kind.fault(rows.labels[9])
+
+
+def test_a_stream_from_the_front_tells_its_words_as_it_goes(tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for number in range(40):
+            picture = io.BytesIO()
+            Image.fromarray(np.full((8, 8), 6 * number, np.uint8)).save(picture, "PNG")
+            for name, content in (("png", picture.getvalue()), ("txt", f"grey number {number % 7}".encode())):
+                entry = tarfile.TarInfo(f"{number:02d}.{name}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    stream = {"data_files": (str(tmp_path / "train.tar"),), "streaming": True, "label_column": "txt"}
+    config = TINY | stream | {"labels": "captions", "max_steps": 4, "output_dir": str(tmp_path / "runs")}
+    trainer, data, _ = build_trainer(make_config(**config))
+    assert trainer.plain_model.tokens.length == 4  # grey, number, its digit, the end
+    assert next(iter(trainer.train_loader))["captions"][0][0].startswith("grey number ")
+    assert trainer.train()["state"] == "done"
+    assert trainer.run.path.parent == tmp_path / "runs"  # though the model's name has a slash
+
+
+def test_without_the_package_one_line_says_what_to_install(folder, run):
+    code = """
+import sys
+sys.modules["tokenizers"] = None
+import models
+from configs.arguments import make_config
+from data.dataset import load_data
+for work in (lambda: load_data(make_config(train_data_dir=sys.argv[1])), lambda: models.load(sys.argv[2])):
+    try:
+        work()
+    except Exception as error:
+        print(type(error).__name__, "[multimodal]" in str(error))
+load_data(make_config())
+"""
+    done = subprocess.run([sys.executable, "-c", code, folder, run], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["ConfigError", "True", "ModelError", "True"], done.stderr
 
 
 def test_a_picture_that_is_missing_is_replaced_and_noted(folder, tmp_path):
