@@ -195,7 +195,10 @@ def test_one_batch_is_learnt_by_heart(folder, tmp_path):
 
 
 def test_a_caption_is_drawn_by_seed_epoch_and_sample(folder, tmp_path):
-    trainer, _, _ = build_trainer(make_config(**(TINY | {"train_data_dir": str(folder), "output_dir": str(tmp_path)})))
+    trainer, data, _ = build_trainer(
+        make_config(**(TINY | {"train_data_dir": str(folder), "output_dir": str(tmp_path)}))
+    )
+    assert not data.info.horizontal_flip
     captions, ids = [("a", "b", "c")] * 300, torch.arange(300)
     drawn = trainer.drawn(captions, ids)
     assert drawn[100:] == trainer.drawn(captions[100:], ids[100:])
@@ -309,7 +312,7 @@ def test_a_stream_from_the_front_tells_its_words_as_it_goes(tmp_path):
                 archive.addfile(entry, io.BytesIO(content))
     stream = {"data_files": (str(tmp_path / "train.tar"),), "streaming": True, "label_column": "txt"}
     config = TINY | stream | {"labels": "captions", "max_steps": 4, "output_dir": str(tmp_path / "runs")}
-    trainer, data, _ = build_trainer(make_config(**config))
+    trainer, _data, _ = build_trainer(make_config(**config))
     assert trainer.plain_model.tokens.length == 4  # grey, number, its digit, the end
     assert next(iter(trainer.train_loader))["captions"][0][0].startswith("grey number ")
     assert trainer.train()["state"] == "done"
