@@ -16,9 +16,9 @@ OF_DATASETS = ("data_files", "image_column", "label_column", "label_columns")  #
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     dataset: str = "digits"
-    """`digits` (embedded), or a Hugging Face dataset: a local folder or a hub id."""
+    """`digits` or `digit_captions` (embedded), or a Hugging Face dataset: a local folder or a hub id."""
     train_data_dir: str | None = None
-    """Image folder with one subfolder a class (`cat/1.png`); used instead of `--dataset`."""
+    """Image folder with a subfolder a class (`cat/1.png`), or captions.jsonl/.csv; used instead of `--dataset`."""
     data_files: tuple[str, ...] = ()
     """Files that are cut into splits, alone or of `--dataset`: paths, patterns, URLs (parquet, .tar, JSON, CSV)."""
     mix_datasets: tuple[str, ...] = ()
@@ -80,7 +80,7 @@ class ModelOptions:
     task: str | None = None
     """What is learnt: a name from the table in `scripts/wiring.py`; default: from the labels of the data."""
     model: str | None = None
-    """`simple_cnn` (default), or any torchvision classifier: resnet18, resnet50, efficientnet_b0, vit_b_16, ..."""
+    """`simple_cnn` (default), or any torchvision classifier: resnet18, vit_b_16, ...; clip/NAME for captions."""
     weights: str | None = None
     """Weights to begin with: a run, a checkpoint, a `best/` folder, a .safetensors or .pth file, a hub id."""
     dropout: float | None = None

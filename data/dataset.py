@@ -10,6 +10,7 @@ from configs.dataset_info import IMAGENET_MEAN, IMAGENET_STD, DatasetInfo, find_
 from configs.errors import ConfigError, DataError
 from configs.options import Config
 from data import hub
+from data.captions import CaptionLabels
 from data.decode import decode
 from data.labels import Labels
 from data.sequential import SequentialStream
@@ -53,6 +54,8 @@ def load_data(config: Config, *, test: bool = False) -> Data:
     if config.channels and config.channels != channels:
         raise ConfigError(f"--channels {config.channels}, but the images of {name} have {channels}")
     plain = unknown_dataset(channels)
+    if isinstance(kind, CaptionLabels):
+        plain = replace(plain, horizontal_flip=False)  # a caption may say `left`
     info = info or plain
     if info.channels != channels:
         info = replace(info, mean=plain.mean, std=plain.std)

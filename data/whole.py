@@ -13,8 +13,9 @@ from configs.dataset_info import DatasetInfo, find_dataset_info
 from configs.errors import ConfigError, DataError
 from configs.options import Config
 from data import hub
+from data.captioned_folder import open_folder
 from data.embedded import SOURCES
-from data.sources import ArrowSource, FolderSource, JoinedSource, Source, TensorSource
+from data.sources import ArrowSource, JoinedSource, Source, TensorSource
 from data.split import Split, check_classes, missing_shares, more_datasets, with_more
 from data.splits import grouped_split, stratified_split
 
@@ -38,11 +39,11 @@ def whole_splits(config: Config, info: DatasetInfo | None, *, test: bool) -> dic
 def open_sources(config: Config, info: DatasetInfo | None, *, test: bool) -> dict[str, Source]:
     """A source for each split that is given; the test split only where it is asked for."""
     if config.train_data_dir:
-        train = FolderSource(Path(config.train_data_dir), config.channels)
+        train = open_folder(Path(config.train_data_dir), config.channels)
         sources: dict[str, Source] = {"train": train}
         for part, root in (("val", config.val_data_dir), ("test", config.test_data_dir if test else None)):
             if root:
-                sources[part] = FolderSource(Path(root), train.channels, train.kind.classes)
+                sources[part] = open_folder(Path(root), train.channels, train.kind)
         return sources
     if config.dataset in SOURCES and not config.data_files:
         found = SOURCES[config.dataset]()

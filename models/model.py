@@ -10,25 +10,28 @@ from typing import Any
 from models import torchvision_models
 from models.base_model import BaseModel, ModelError
 from models.clip import CLIP, PREFIX
+from models.grid_cnn import GridCNN
 from models.multi_head import MultiHead
 from models.simple_cnn import SimpleCNN
 
 # A model of your own: one line here. A builder takes num_classes, in_channels, image_size and, if it has one, dropout.
 MODELS: dict[str, Callable[..., BaseModel]] = {
     "simple_cnn": SimpleCNN,
+    "grid_cnn": GridCNN,
 }
 
 
 def model_names() -> list[str]:
-    classifiers = [*MODELS, *torchvision_models.names()]
-    return [*classifiers, *(PREFIX + name for name in classifiers)]
+    """Of image classifiers; each of them is the image side of the model clip/<name>, too."""
+    return [*MODELS, *torchvision_models.names()]
 
 
 def check_name(name: str) -> None:
     """Raises ModelError with the nearest names where there is no such model."""
-    if name not in model_names():
-        near = difflib.get_close_matches(name, model_names(), n=3, cutoff=0.4) or list(MODELS)
-        raise ModelError(f"no model is called {name!r}: did you mean {' or '.join(near)}?")
+    prefix = PREFIX if name.startswith(PREFIX) else ""
+    if name.removeprefix(PREFIX) not in model_names():
+        near = difflib.get_close_matches(name.removeprefix(PREFIX), model_names(), n=3, cutoff=0.4) or list(MODELS)
+        raise ModelError(f"no model is called {name!r}: did you mean {' or '.join(prefix + one for one in near)}?")
 
 
 def build(name: str, **model_args: Any) -> BaseModel:

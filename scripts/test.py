@@ -26,6 +26,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--weights", required=True, help="what to measure")
     parser.add_argument("--on", choices=("test", "val", "train"), default="test", help="the split (default: test)")
     parser.add_argument("--tta", action="store_true", help="mean of the probabilities over several views of each image")
+    parser.add_argument(
+        "--prompts", nargs="+", default=[], help="zero-shot: texts with {} for a class: 'a photo of a {}'"
+    )
+    parser.add_argument("--class_names", nargs="+", default=[], help="words for the classes (default: their names)")
     arguments, flags = parser.parse_known_args(argv)
     run = run_of(Path(arguments.weights))
     config = parse([*(["--config", str(run / "config.yaml")] if run else []), *flags], prog="test.py")
@@ -35,7 +39,9 @@ def main(argv: list[str]) -> int:
         from scripts.measure import measure
 
         weights = run / "best" if run == Path(arguments.weights) and run else arguments.weights
-        metrics = measure(config, str(weights), arguments.on, tta=arguments.tta)
+        metrics = measure(
+            config, str(weights), arguments.on, arguments.prompts, arguments.class_names, tta=arguments.tta
+        )
         if metrics is not None:
             show(metrics, arguments.on)
             record(metrics, arguments.on, Path(weights), run, tta=arguments.tta)

@@ -64,6 +64,8 @@ def completed(config: Config, kind: Labels) -> Config:
     for name, kinds in OF_KINDS.items():
         if getattr(config, name) != getattr(plain, name) and kind.name not in kinds:
             raise ConfigError(f"--{name} is of no use where the data have {kind.name}", fix="leave it out")
+    if kind.name == "captions" and config.auto_micro_batch:
+        raise ConfigError("--auto_micro_batch cuts a batch that the contrastive loss needs whole", fix="leave it out")
     return replace(
         config,
         task=task,

@@ -35,13 +35,14 @@ def gathered(rows: Tensor) -> Tensor:
     return GatheredRows.apply(rows) if dist.is_initialized() and dist.get_world_size() > 1 else rows
 
 
-def contrastive_loss(images_BD: Tensor, texts_BD: Tensor, scale: Tensor, names_B: Tensor) -> Tensor:
+def contrastive_loss(embeddings: tuple[Tensor, Tensor, Tensor], names_B: Tensor) -> Tensor:
     """Cross entropy of each image among all texts and of each text among all images (Radford et al. 2021, figure 3),
     the mean over the rows of this process, both ways.
 
-    Images and texts of unit length, those of one row belonging together; pairs of equal names, int64, belong together
-    as well, and share the target evenly.
+    embeddings: images and texts [B, D] of unit length, those of one row belonging together, and the scale of their
+    products. Pairs of equal names, int64, belong together as well, and share the target evenly.
     """
+    images_BD, texts_BD, scale = embeddings
     everything_N = gathered(torch.cat([images_BD, texts_BD], 1))
     images_ND, texts_ND = everything_N.chunk(2, 1)
     same_BN = (names_B[:, None] == gathered(names_B)[None]).to(images_BD.dtype)

@@ -24,7 +24,7 @@ class ContrastiveTrainer(MainTrainer):
     """
 
     kinds = ("captions",)
-    default_model = "clip/simple_cnn"
+    default_model = "clip/grid_cnn"
     default_monitor = "recall_at_1"
 
     def __init__(self, *args: Any, **options: Any):
@@ -38,7 +38,7 @@ class ContrastiveTrainer(MainTrainer):
             )
 
     def get_criterion(self) -> Criterion:
-        return lambda outputs, names_B: contrastive_loss(*outputs, names_B)
+        return contrastive_loss
 
     def on_device(self, item: Any) -> Batch:
         """With the tokens of one caption of each image, in evaluation of all: found on the CPU ahead of the step."""

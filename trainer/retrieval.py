@@ -62,9 +62,8 @@ class Rows:
         self.device = device
         self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def add(self, *columns: Tensor) -> None:
-        features, image_ids, names = columns
-        self.parts.append((features.float(), image_ids, names))
+    def add(self, embeddings_ND: Tensor, image_ids_N: Tensor, names_N: Tensor) -> None:
+        self.parts.append((embeddings_ND.float(), image_ids_N, names_N))
 
     def gathered(self, processes: Processes | None) -> list[Tensor]:
         """Of all processes, by image, so that their number does not change the order."""
@@ -73,8 +72,8 @@ class Rows:
             columns = gathered(columns, self.device, processes)
         if not columns or not len(columns[0]):
             raise DataError("no image could be evaluated")
-        order = columns[1].argsort(stable=True)
-        return [column[order] for column in columns]
+        order_N = columns[1].argsort(stable=True)
+        return [column[order_N] for column in columns]
 
 
 def gathered(columns: list[Tensor], device: torch.device, processes: Processes) -> list[Tensor]:

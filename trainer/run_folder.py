@@ -222,7 +222,8 @@ def find(config: Config) -> Path:
         return given.parent.parent if checkpoint.step_of(given) is not None else given
     if config.experiment_name is None:
         data = re.sub("[^A-Za-z0-9._-]+", "-", Path(config.train_data_dir or config.dataset).name)[:60]
-        return free_name(root / (time.strftime("%Y%m%d-%H%M%S-") + f"{config.model}-{data}"))
+        model = str(config.model).replace("/", "-")
+        return free_name(root / (time.strftime("%Y%m%d-%H%M%S-") + f"{model}-{data}"))
     path = root / config.experiment_name
     if config.resume == "never" and path.exists():
         raise ConfigError(
