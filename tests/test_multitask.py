@@ -51,10 +51,11 @@ def small_model(**options) -> models.BaseModel:
 
 
 def batch_of(size: int, *, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A brightness that tells all labels; some are missing."""
+    """Mixtures of two patterns: the share of one tells all labels; some are missing."""
     torch.manual_seed(seed)
-    bright = torch.rand(size)
-    images = torch.randn(size, 1, 4, 4) * 0.1 + bright[:, None, None, None] * 3
+    bright, patterns = torch.rand(size), torch.randn(2, 1, 4, 4)
+    share_B111 = bright[:, None, None, None]
+    images = share_B111 * patterns[0] + (1 - share_B111) * patterns[1] + 0.05 * torch.randn(size, 1, 4, 4)
     digit, ink = (bright * 3).long(), 2 + bright
     tags = torch.stack([bright > 0.5, bright < 0.3], 1).to(torch.int8)
     digit[::3], ink[1::4], tags[2::5] = -1, nan, -1
