@@ -83,7 +83,7 @@ class Table:
         if not self.shown:
             return
         if not self.begun:
-            print(self.HEAD.format(self.monitor[:5]))
+            print(self.HEAD.format(self.monitor.rpartition("/")[2][:5]))
             self.begun = True
         train, val = results["train"], results.get("val", {})
         cells = [train.get("loss"), train.get(self.monitor), val.get("loss"), val.get(self.monitor)]

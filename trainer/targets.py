@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.losses import Loss
 from trainer.metrics import ClassificationMetrics, Metrics
 from trainer.row_metrics import RowMetrics, multi_label_metrics, number_metrics
-
-Loss = Any  # (outputs, labels) -> the mean over samples
 
 
 class Target(Protocol):
