@@ -13,16 +13,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.digit_scenes import digit_scenes
 from data.sources import Source, TensorSource
 
 
-def load_digits() -> TensorSource:
-    """Grey values 0..16 spread over 0..255."""
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Pixels uint8 [N, 8, 8], grey values 0..16 spread over 0..255, and the digits they show."""
     with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
-        pixels = np.round(file["images"] * (255 / 16)).astype(np.uint8)
-        return TensorSource(torch.from_numpy(pixels)[:, None], file["labels"], [str(digit) for digit in range(10)])
+        return np.round(file["images"] * (255 / 16)).astype(np.uint8), file["labels"]
+
+
+def load_digits() -> TensorSource:
+    pixels, labels = read_digits()
+    return TensorSource(torch.from_numpy(pixels)[:, None], labels, [str(digit) for digit in range(10)])
+
+
+def load_digit_scenes() -> dict[str, Source]:
+    return digit_scenes(*read_digits())
 
 
 # A dataset of your own: a function that returns a Source, or one for each of train, val and test. Its mean and std go
 # into configs/dataset_info.py.
-SOURCES: dict[str, Callable[[], Source | dict[str, Source]]] = {"digits": load_digits}
+SOURCES: dict[str, Callable[[], Source | dict[str, Source]]] = {
+    "digits": load_digits,
+    "digit_scenes": load_digit_scenes,
+}

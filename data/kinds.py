@@ -8,10 +8,11 @@ from typing import Any
 from configs.dataset_info import DatasetInfo
 from configs.errors import ConfigError
 from configs.options import Config
+from data.boxes import BoxLabels
 from data.labels import ClassLabels, Column, Labels
 
 # The first whose columns are found is taken, unless --labels names one.
-KINDS: dict[str, type[Labels]] = {"classes": ClassLabels}
+KINDS: dict[str, type[Labels]] = {"boxes": BoxLabels, "classes": ClassLabels}
 
 
 def open_labels(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from models import torchvision_models
+from models import detection, torchvision_detectors, torchvision_models
 from models.base_model import BaseModel, ModelError
 from models.simple_cnn import SimpleCNN
 
@@ -17,22 +17,31 @@ MODELS: dict[str, Callable[..., BaseModel]] = {
 }
 
 
-def model_names() -> list[str]:
-    return [*MODELS, *torchvision_models.names()]
+def model_names(task: str | None = None) -> list[str]:
+    """Of a task, or all of them."""
+    if task == "detection":
+        return detection.names()
+    plain = [*MODELS, *torchvision_models.names()]
+    return plain if task else [*plain, *detection.names()]
 
 
-def check_name(name: str) -> None:
-    """Raises ModelError with the nearest names where there is no such model."""
-    if name not in model_names():
-        near = difflib.get_close_matches(name, model_names(), n=3, cutoff=0.4) or list(MODELS)
-        raise ModelError(f"no model is called {name!r}: did you mean {' or '.join(near)}?")
+def check_name(name: str, task: str | None = None) -> None:
+    """Raises ModelError with the nearest names where there is no such model, or none of the task."""
+    names = model_names(task)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:1]
+        what = f"no model{f' for {task}' if task and name in model_names() else ''} is called {name!r}"
+        raise ModelError(f"{what}: did you mean {' or '.join(near)}?")
 
 
 def build(name: str, **model_args: Any) -> BaseModel:
     """A model with fresh weights from the current state of torch's generator."""
     check_name(name)
     given = {key: value for key, value in model_args.items() if key != "architecture" and value is not None}
-    builder = MODELS.get(name, partial(torchvision_models.TorchvisionClassifier, name))
+    if name in detection.names():
+        builder = detection.builder(name)
+    else:
+        builder = MODELS.get(name, partial(torchvision_models.TorchvisionClassifier, name))
     try:
         model = builder(**given)
     except TypeError as error:
@@ -46,4 +55,7 @@ def build(name: str, **model_args: Any) -> BaseModel:
 def input_size(name: str, image_size: int) -> int:
     """The side of the images that the model will be given: image_size, or more where it cannot take so little."""
     check_name(name)
-    return image_size if name in MODELS else torchvision_models.input_size(name, image_size)
+    if name in MODELS or name in detection.DETECTORS:
+        return image_size
+    family = torchvision_detectors if name in detection.names() else torchvision_models
+    return family.input_size(name, image_size)

@@ -21,11 +21,12 @@ from models.model import build, check_name, input_size
 from models.recompute import recompute_blocks
 from trainer import micro_batch
 from trainer.base_trainer import BaseTrainer
+from trainer.detection_trainer import DetectionTrainer
 from trainer.device import make_accelerator
 from trainer.main_trainer import MainTrainer
 
 # A task of your own: one line here, one file in trainer/. The first whose labels the data have is the default.
-TRAINERS: dict[str, type[BaseTrainer]] = {"classification": MainTrainer}
+TRAINERS: dict[str, type[BaseTrainer]] = {"classification": MainTrainer, "detection": DetectionTrainer}
 OF_CLASSES = ("mixup", "cutmix", "label_smoothing", "sampling", "augment_rare")  # options that need one class a sample
 
 Adapt = Callable[[type[BaseTrainer]], type[BaseTrainer]]
@@ -36,10 +37,14 @@ def check_names(config: Config) -> None:
     if config.task and config.task not in TRAINERS:
         raise ConfigError(f"--task {config.task} does not exist", fix=nearest(config.task, list(TRAINERS)))
     if config.model:
-        try:
-            check_name(config.model)
-        except ModelError as error:
-            raise ConfigError(f"--model {config.model}: {error}") from None
+        check_model(config.model, config.task)
+
+
+def check_model(name: str, task: str | None) -> None:
+    try:
+        check_name(name, task)
+    except ModelError as error:
+        raise ConfigError(f"--model {name}: {error}") from None
 
 
 def completed(config: Config, kind: Labels) -> Config:
@@ -50,11 +55,15 @@ def completed(config: Config, kind: Labels) -> Config:
     plain = Config()
     if kind.name != "classes" and (given := [n for n in OF_CLASSES if getattr(config, n) != getattr(plain, n)]):
         raise ConfigError(f"--{given[0]} needs one class a sample, and the data have {kind.name}", fix="leave it out")
+    if kind.name == "boxes" and config.cache != "none":
+        raise ConfigError("--cache keeps pictures at another size, whose boxes it does not know", fix="leave it out")
+    model = config.model or trainer.default_model
+    check_model(model, task)
     return replace(
         config,
         task=task,
         labels=kind.name,  # type: ignore[arg-type]
-        model=config.model or trainer.default_model,
+        model=model,
         monitor=config.monitor or trainer.default_monitor,
     )
 

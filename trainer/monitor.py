@@ -13,6 +13,7 @@ HIGHER_IS_BETTER = {
     "f1": True,
     "map": True,
     "map50": True,
+    "map75": True,
     "recall_at_1": True,
     "recall_at_5": True,
     "recall_at_10": True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,7 +39,7 @@ def log_speed(trainer: BaseTrainer) -> None:
     track(trainer, {f"speed/{name}": value for name, value in values.items()})
 
 
-def track(trainer: BaseTrainer, values: dict[str, float]) -> None:
+def track(trainer: BaseTrainer, values: dict[str, Any]) -> None:
     for tracker in trainer.trackers:
         tracker.log(values, trainer.state.step)
 
