@@ -22,6 +22,7 @@ from data.decode import crop_resized, decode
 from data.geometry import Box, whole
 from data.order import Draw, generator_kept, seed_cpu
 
+CROP: dict[str, Any] = {"min_scale": 0.5, "sampler_options": [0.0, 1.0], "trials": 10}  # keeps the centre of a box
 SMALLEST = 1.0  # pixels: a box with a shorter side is no longer learnt
 ROOM = 2  # a picture that will be cropped is decoded at no less than so many times the square
 
@@ -134,7 +135,7 @@ def train_box_transform(config: Config, image_size: int, horizontal_flip: bool) 
     erasing = v2.RandomErasing(config.random_erasing) if config.random_erasing else None
     moves: list[Any] = []
     if config.augment == "default":
-        moves = [v2.RandomZoomOut(0, side_range=(1.0, 1.5), p=0.3), WithBoxes(v2.RandomIoUCrop(min_scale=0.5))]
+        moves = [v2.RandomZoomOut(0, side_range=(1.0, 1.5), p=0.3), WithBoxes(v2.RandomIoUCrop(**CROP))]
         moves += [v2.RandomHorizontalFlip()] if horizontal_flip else []
     resize = v2.Resize((image_size, image_size), antialias=True)
     return BoxTransform(image_size, v2.Compose([*moves, resize, v2.SanitizeBoundingBoxes(min_size=SMALLEST)]), erasing)

@@ -24,8 +24,8 @@ from models.torchvision_detectors import TorchvisionDetector, torchvision_names
 
 Outputs = tuple[dict[str, Tensor] | None, Any]
 
-STRIDES = (4, 8, 16)  # pixels between the points of each level
-LARGEST = (24.0, 64.0, math.inf)  # pixels: the longer side of a box that a level is for, at most
+STRIDES = (8, 16, 32)  # pixels between the points of each level
+LARGEST = (32.0, 80.0, math.inf)  # pixels: the longer side of a box that a level is for, at most
 RADIUS = 1.5  # strides: points so near to the centre of a box learn it
 CANDIDATES, DETECTIONS = 300, 100  # of an image, before and after boxes that overlap are left out
 LEAST_SCORE, LARGEST_IOU = 0.05, 0.6
@@ -42,15 +42,16 @@ class SmallFCOS(BaseModel):
     def __init__(self, num_classes: int, in_channels: int = 3, image_size: int = 64, width: int = 64):
         super().__init__()
         self.num_classes = num_classes
-        self.stem = block(in_channels, width // 2, stride=2)
+        wide = 3 * width // 2
+        self.stem = nn.Sequential(block(in_channels, width // 2, stride=2), block(width // 2, width, stride=2))
         self.stages = nn.ModuleList(
             [
-                nn.Sequential(block(width // 2, width, stride=2), block(width, width)),
-                nn.Sequential(block(width, 3 * width // 2, stride=2), block(3 * width // 2, 3 * width // 2)),
-                nn.Sequential(block(3 * width // 2, 3 * width // 2, stride=2)),
+                nn.Sequential(block(width, wide, stride=2), block(wide, wide)),
+                nn.Sequential(block(wide, wide, stride=2)),
+                nn.Sequential(block(wide, wide, stride=2)),
             ]
         )
-        self.laterals = nn.ModuleList([nn.Conv2d(w, width, 1) for w in (width, 3 * width // 2, 3 * width // 2)])
+        self.laterals = nn.ModuleList([nn.Conv2d(wide, width, 1) for _ in STRIDES])
         self.tower = nn.Sequential(block(width, width), block(width, width))
         self.head = nn.Conv2d(width, num_classes + 5, 3, padding=1)  # classes, left, top, right, bottom, centre
 
