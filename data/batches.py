@@ -62,9 +62,7 @@ class PictureDataset(torch.utils.data.Dataset):
         assert self.source is not None
         return self.source.read(int(draw.ids[slot]))
 
-    def each(
-        self, draw: Draw, labels: np.ndarray, faults: dict[int, str], work: Callable[[int, int], object]
-    ) -> None:
+    def each(self, draw: Draw, labels: np.ndarray, faults: dict[int, str], work: Callable[[int, int], object]) -> None:
         """Do the work on each slot and key; a bad sample comes among the faults."""
         for slot, key in enumerate(draw.keys.tolist()):
             try:

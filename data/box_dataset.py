@@ -62,7 +62,7 @@ class BoxTransform:
         canvas = (int(image_CHW.shape[1]), int(image_CHW.shape[2]))
         sample: dict[str, Any] = {
             "image": tv_tensors.Image(image_CHW),
-            "boxes": tv_tensors.BoundingBoxes(boxes_N4, format="XYXY", canvas_size=canvas),  # type: ignore[call-overload]
+            "boxes": tv_tensors.BoundingBoxes(boxes_N4, format="XYXY", canvas_size=canvas),
             "labels": classes_N,
         }
         sample = self.policy(sample)

@@ -87,7 +87,9 @@ class BoxLabels:
                 boxes, names = pairs_of(cell, self.category)
                 labels[place] = self.boxes(boxes, [numbers.get(name, name) for name in names], width, height)
             except (TypeError, ValueError, AttributeError, KeyError):
-                labels[place] = Boxes(*empty(), fault="its boxes cannot be read: [x, y, width, height] and a class each")
+                labels[place] = Boxes(
+                    *empty(), fault="its boxes cannot be read: [x, y, width, height] and a class each"
+                )
         return labels
 
     def boxes(self, boxes_xywh: Sequence[Any], names: Sequence[Any], width: float, height: float) -> Boxes:
@@ -98,7 +100,9 @@ class BoxLabels:
         known = [isinstance(name, (int, np.integer)) and 0 <= name < len(self.classes) for name in names]
         fault = ""
         if not all(known):
-            fault = f"a box of the class {names[known.index(False)]!r}, none of the {len(self.classes)} training classes"
+            fault = (
+                f"the class {names[known.index(False)]!r} of a box is none of the {len(self.classes)} training classes"
+            )
         boxes[:, 2:] += boxes[:, :2]
         valid = is_valid(boxes, width, height)
         self.dropped += int((~valid).sum())
@@ -192,4 +196,3 @@ def pairs_of(cell: Any, category: str) -> tuple[list[Any], list[Any]]:
         boxes, names = cell["bbox"], cell[category]
         return ([] if boxes is None else list(boxes)), ([] if names is None else list(names))
     return [one["bbox"] for one in cell], [one[category] for one in cell]
-

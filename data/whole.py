@@ -13,6 +13,7 @@ from configs.dataset_info import DatasetInfo, find_dataset_info
 from configs.errors import ConfigError, DataError
 from configs.options import Config
 from data import hub
+from data.box_folders import BoxFolder, has_part, layout
 from data.embedded import SOURCES
 from data.sources import ArrowSource, FolderSource, JoinedSource, Source, TensorSource
 from data.split import Split, check_classes, missing_shares, more_datasets, with_more
@@ -38,17 +39,25 @@ def whole_splits(config: Config, info: DatasetInfo | None, *, test: bool) -> dic
 def open_sources(config: Config, info: DatasetInfo | None, *, test: bool) -> dict[str, Source]:
     """A source for each split that is given; the test split only where it is asked for."""
     if config.train_data_dir:
-        train = FolderSource(Path(config.train_data_dir), config.channels)
+        root = Path(config.train_data_dir)
+        train = open_folder(root, config.channels)
         sources: dict[str, Source] = {"train": train}
-        for part, root in (("val", config.val_data_dir), ("test", config.test_data_dir if test else None)):
-            if root:
-                sources[part] = FolderSource(Path(root), train.channels, train.kind.classes)
+        for part, given in (("val", config.val_data_dir), ("test", config.test_data_dir)):
+            if (given or has_part(root, part)) and (test or part != "test"):
+                sources[part] = open_folder(Path(given or root), train.channels, train.kind.classes, part)
         return sources
     if config.dataset in SOURCES and not config.data_files:
         found = SOURCES[config.dataset]()
-        given = found if isinstance(found, dict) else {"train": found}
-        return {part: source for part, source in given.items() if test or part != "test"}
+        parts = found if isinstance(found, dict) else {"train": found}
+        return {part: source for part, source in parts.items() if test or part != "test"}
     return dict(hub.whole_sources(config, info, test=test))
+
+
+def open_folder(
+    root: Path, channels: int | None = None, classes: list[str] | None = None, part: str = "train"
+) -> Source:
+    """One subfolder a class, or annotations of boxes. channels, classes: those of the training data."""
+    return BoxFolder(root, channels, classes, part) if layout(root) else FolderSource(root, channels, classes)
 
 
 def whole(source: Source) -> Split:

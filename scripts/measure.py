@@ -12,9 +12,8 @@ from data.dataset import check_labels, load_data
 from data.kinds import check_kind
 from data.leakage import duplicates_between
 from data.loader import eval_loader
-from data.sources import FolderSource
 from data.split import Split
-from data.whole import whole
+from data.whole import open_folder, whole
 from scripts.wiring import TRAINERS
 from trainer.device import make_accelerator
 
@@ -43,9 +42,10 @@ def open_split(config: Config, model: models.BaseModel, part: str) -> Split:
     """The split to measure on. Raises DataError where there is none, or where its classes are not the model's."""
     config = replace(config, channels=1 if len(model.mean_C11) == 1 else 3)
     if part == "test" and config.test_data_dir:
-        own = whole(FolderSource(Path(config.test_data_dir), config.channels, model.classes))
+        own = whole(open_folder(Path(config.test_data_dir), config.channels, model.classes, "test"))
+        check_kind(own.source.kind, TRAINERS[model.task].kinds, model.task)
         if config.train_data_dir and Path(config.train_data_dir).is_dir():  # it may have stayed on another machine
-            show_copies(whole(FolderSource(Path(config.train_data_dir), config.channels)), own)
+            show_copies(whole(open_folder(Path(config.train_data_dir), config.channels)), own)
         return own
     data = load_data(config, test=part == "test")
     check_kind(data.kind, TRAINERS[model.task].kinds, model.task)

@@ -50,14 +50,14 @@ class DetectionTrainer(MainTrainer):
         return found
 
     @torch.no_grad()
-    def inference(self, inputs: Tensor) -> list[dict[str, Tensor]]:
+    def inference(self, inputs: Tensor) -> Any:
         """Boxes [n, 4] in pixels of the inputs, scores [n] and labels [n] for each image [C, H, W], uint8 or floats in
         0..1."""
         self.model.eval()
         with self.averaged():
             return self.model(inputs.to(self.device))[1]
 
-    def as_rows(self, predictions: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
+    def as_rows(self, predictions: Any) -> list[dict[str, Any]]:
         """From the highest score on."""
         return [
             {
