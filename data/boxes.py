@@ -88,7 +88,7 @@ class BoxLabels:
                 labels[place] = self.boxes(boxes, [numbers.get(name, name) for name in names], width, height)
             except (TypeError, ValueError, AttributeError, KeyError):
                 labels[place] = Boxes(
-                    *empty(), fault="its boxes cannot be read: [x, y, width, height] and a class each"
+                    *empty(), fault="its boxes are no [x, y, width, height] with a class each"
                 )
         return labels
 
@@ -100,9 +100,8 @@ class BoxLabels:
         known = [isinstance(name, (int, np.integer)) and 0 <= name < len(self.classes) for name in names]
         fault = ""
         if not all(known):
-            fault = (
-                f"the class {names[known.index(False)]!r} of a box is none of the {len(self.classes)} training classes"
-            )
+            strange = names[known.index(False)]
+            fault = f"the class {strange!r} of a box is none of the {len(self.classes)} training classes"
         boxes[:, 2:] += boxes[:, :2]
         valid = is_valid(boxes, width, height)
         self.dropped += int((~valid).sum())

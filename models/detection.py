@@ -27,7 +27,7 @@ Outputs = tuple[dict[str, Tensor] | None, Any]
 
 STRIDES = (8, 16, 32)  # pixels between the points of each level
 LARGEST = (32.0, 80.0, math.inf)  # pixels: the longer side of a box that a level is for, at most
-RADIUS = 0.75  # strides: points so near to the centre of a box learn it; 1.5 learnt classes four times as slowly
+RADIUS = 0.75  # strides: points so near to the centre of a box learn it
 CANDIDATES, DETECTIONS = 300, 100  # of an image, before and after boxes that overlap are left out
 LEAST_SCORE, LARGEST_IOU = 0.05, 0.6
 
@@ -168,7 +168,7 @@ def detection_losses(
     centrality_BP = (shorter / longer).prod(2).sqrt()
     cross_entropy = functional.binary_cross_entropy_with_logits
     sums = {
-        "class": sigmoid_focal_loss(classes_BPC, wanted_BPC).sum(2),
+        "class": sigmoid_focal_loss(classes_BPC, wanted_BPC, alpha=-1).sum(2),
         "box": generalized_box_iou_loss(boxes_BP4, wanted_BP4) * positive_BP,
         "centre": cross_entropy(centre_BP, centrality_BP, reduction="none") * positive_BP,
     }
