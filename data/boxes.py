@@ -87,9 +87,7 @@ class BoxLabels:
                 boxes, names = pairs_of(cell, self.category)
                 labels[place] = self.boxes(boxes, [numbers.get(name, name) for name in names], width, height)
             except (TypeError, ValueError, AttributeError, KeyError):
-                labels[place] = Boxes(
-                    *empty(), fault="its boxes are no [x, y, width, height] with a class each"
-                )
+                labels[place] = Boxes(*empty(), fault="its boxes are no [x, y, width, height] with a class each")
         return labels
 
     def boxes(self, boxes_xywh: Sequence[Any], names: Sequence[Any], width: float, height: float) -> Boxes:

@@ -15,7 +15,7 @@ from data.sources import Source, TensorSource
 
 SIDE = 64  # pixels of a scene
 DIGITS = (1, 5)  # in a scene, at least and at most
-SIDES = (14, 28)  # pixels of a digit's square, which is 8x8 as it was scanned
+SIDES = (16, 28)  # pixels of a digit's square, which is 8x8 as it was scanned
 INK = 40  # of 255: a box is drawn around what is brighter
 SCENES = {"train": 2000, "val": 300, "test": 300}
 PARTS = ("val", "test", "train", "train", "train", "train", "train", "train")  # of every eighth digit

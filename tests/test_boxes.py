@@ -228,7 +228,7 @@ def test_the_scenes_of_digits_share_no_digit_and_have_exact_boxes():
     for split in (data.train, data.val, data.test):
         assert split is not None
         images, labels = split.source.images_NCHW, split.labels  # type: ignore[union-attr]
-        assert 1 <= min(map(len, labels)) and max(map(len, labels)) <= 5
+        assert min(map(len, labels)) >= 1 and max(map(len, labels)) <= 5
         for image, label in zip(images[:50, 0], labels):
             rest = image.clone()
             for left, top, right, bottom in label.boxes_xyxy.astype(int):
