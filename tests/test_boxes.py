@@ -247,11 +247,15 @@ def test_predictions_lie_in_the_pictures_own_pixels(tmp_path):
 
 
 def test_a_folder_trains_predicts_and_draws(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     folder = coco(tmp_path / "coco")
     common = ["--output_dir", tmp_path, "--experiment_name", "x", "--image_size", 32, "--num_workers", 0]
     done = run_script("train.py", "--train_data_dir", folder, *common, "--epochs", 1, "--batch_size", 4, "--split",
                       0.5, 0.5, 0, "--cpu_threads", 1, "--use_tensorboard")  # fmt: skip
     assert "boxes of 2 classes" in done.stdout and "val map" in done.stdout
+    seen = EventAccumulator(str(tmp_path / "x" / "tensorboard")).Reload()
+    assert len(seen.Images("val/detections")) == 1
     run_script("test.py", "--weights", tmp_path / "x", "--on", "val")
     output = tmp_path / "found.csv"
     run_script("predict.py", "--weights", tmp_path / "x", folder, "--output", output, "--draw", tmp_path / "drawn")
