@@ -1,4 +1,4 @@
-"""Image folders: one subfolder a class, or a file of captions."""
+"""Folders of images with a file of captions."""
 
 from __future__ import annotations
 
@@ -12,24 +12,10 @@ import numpy as np
 from configs.errors import DataError
 from data.captions import NAMES, CaptionLabels, as_labels, texts_of
 from data.labels import Labels
-from data.sources import FolderSource, Source, channels_of_first
+from data.sources import FolderSource, channels_of_first
 
 FILES = ("captions.jsonl", "captions.csv")
 PATH_NAMES = ("file_name", "file", "image", "path")
-
-
-def open_folder(root: Path, channels: int | None = None, like: Labels | None = None) -> Source:
-    """An image folder, with the captions of the file in it that has one of FILES' names, or with a subfolder a class.
-
-    like: the labels of the training folder.
-    """
-    file = next((root / name for name in FILES if (root / name).is_file()), None)
-    found = "captions" if file else "classes"
-    if like is not None and like.name != found:
-        raise DataError(f"the folder has {found}, and {like.name} are to be learnt", where=str(root))
-    if file is not None:
-        return CaptionedFolder(root, file, channels, like)
-    return FolderSource(root, channels, like.classes if like else None)
 
 
 class CaptionedFolder(FolderSource):

@@ -15,17 +15,26 @@ import torch
 
 from data.columns import array_of
 from data.digit_captions import load_digit_captions
+from data.digit_scenes import digit_scenes
 from data.labels import ClassLabels
 from data.several import SeveralLabels
 from data.sources import Source, TensorSource
 from data.targets import NumberLabels
 
 
-def load_digits() -> TensorSource:
-    """Grey values 0..16 spread over 0..255."""
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Pixels uint8 [N, 8, 8], grey values 0..16 spread over 0..255, and the digits they show."""
     with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
-        pixels = np.round(file["images"] * (255 / 16)).astype(np.uint8)
-        return TensorSource(torch.from_numpy(pixels)[:, None], file["labels"], [str(digit) for digit in range(10)])
+        return np.round(file["images"] * (255 / 16)).astype(np.uint8), file["labels"]
+
+
+def load_digits() -> TensorSource:
+    pixels, labels = read_digits()
+    return TensorSource(torch.from_numpy(pixels)[:, None], labels, [str(digit) for digit in range(10)])
+
+
+def load_digit_scenes() -> dict[str, Source]:
+    return digit_scenes(*read_digits())
 
 
 def load_digit_ink() -> TensorSource:
@@ -42,4 +51,5 @@ SOURCES: dict[str, Callable[[], Source | dict[str, Source]]] = {
     "digits": load_digits,
     "digit_captions": load_digit_captions,
     "digit_ink": load_digit_ink,
+    "digit_scenes": load_digit_scenes,
 }

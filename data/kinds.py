@@ -8,6 +8,7 @@ from typing import Any
 from configs.dataset_info import DatasetInfo
 from configs.errors import ConfigError
 from configs.options import Config
+from data.boxes import BoxLabels
 from data.captions import CaptionLabels
 from data.labels import ClassLabels, Column, Labels
 from data.several import SeveralLabels
@@ -15,6 +16,7 @@ from data.targets import MultiLabels, NumberLabels
 
 # The first whose columns are found is taken, unless --labels names one.
 KINDS: dict[str, type[Labels]] = {
+    "boxes": BoxLabels,
     "classes": ClassLabels,
     "multi_label": MultiLabels,
     "numbers": NumberLabels,

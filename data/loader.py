@@ -19,7 +19,8 @@ from configs.errors import ConfigError, DataError
 from configs.options import Config
 from data.balance import rare_classes, repeats
 from data.batch_sizes import BatchSizes, check_shares
-from data.batches import ImageDataset
+from data.batches import ImageDataset, PictureDataset
+from data.box_dataset import BoxDataset, BoxTransform, eval_box_transform, train_box_transform
 from data.dataset import Data
 from data.order import Blocks, Draw, EvalOrder, Mixed, Resampled, Samples, Shuffled, TrainOrder
 from data.sequential import SequentialEvalOrder, SequentialStream, SequentialTrainOrder
@@ -63,7 +64,7 @@ class OrderedLoader:
     key; in evaluation it is left out. `bad` lists them as they are met.
     """
 
-    def __init__(self, dataset: ImageDataset, order: Order, num_workers: int, stream: Any, size: int | None):
+    def __init__(self, dataset: PictureDataset, order: Order, num_workers: int, stream: Any, size: int | None):
         self.dataset, self.order, self.stream, self.size = dataset, order, stream, size
         self.bad: list[BadSample] = []
         self.draws = Draws(order, stream if isinstance(stream, Stream) else None)
@@ -227,9 +228,10 @@ def train_loader(config: Config, data: Data, process: int = 0, processes: int = 
         order = TrainOrder(samples, batch_size=batch_sizes, **shares)
         if config.augment_rare != "none":
             rare_C = rare_classes(split.labels, len(data.classes))
-    return loader(
-        config, split, order, train_transform(config, data.image_size, data.info.horizontal_flip, rare_C), data
-    )
+    flip = data.info.horizontal_flip
+    if data.kind.name == "boxes":
+        return loader(config, split, order, train_box_transform(config, data.image_size, flip))
+    return loader(config, split, order, train_transform(config, data.image_size, flip, rare_C))
 
 
 def samples_of(config: Config, data: Data) -> Samples:
@@ -263,13 +265,15 @@ def eval_loader(config: Config, split: Split, image_size: int, process: int = 0,
         if isinstance(split.source, Stream):  # block by block
             ids = ids[np.argsort(split.source.blocks_of(ids), kind="stable")]
         order = EvalOrder(ids, **shares)
-    return loader(config, split, order, eval_transform(image_size))
+    boxes = split.source.kind.name == "boxes"
+    return loader(config, split, order, eval_box_transform(image_size) if boxes else eval_transform(image_size))
 
 
-def loader(config: Config, split: Split, order: Order, transform: Transform, data: Data | None = None) -> OrderedLoader:
+def loader(config: Config, split: Split, order: Order, transform: Transform | BoxTransform) -> OrderedLoader:
     source = split.source
     streamed = isinstance(source, (Stream, SequentialStream))
-    dataset = ImageDataset(
+    of_pictures = BoxDataset if isinstance(transform, BoxTransform) else ImageDataset
+    dataset = of_pictures(
         None if streamed else source,  # type: ignore[arg-type]
         transform,
         source.kind,

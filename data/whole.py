@@ -13,8 +13,9 @@ from configs.dataset_info import DatasetInfo, find_dataset_info
 from configs.errors import ConfigError, DataError
 from configs.options import Config
 from data import hub
-from data.captioned_folder import open_folder
+from data.box_folders import has_part
 from data.embedded import SOURCES
+from data.folders import open_folder
 from data.sources import ArrowSource, JoinedSource, Source, TensorSource
 from data.split import Split, check_classes, missing_shares, more_datasets, with_more
 from data.splits import grouped_split, stratified_split
@@ -39,16 +40,17 @@ def whole_splits(config: Config, info: DatasetInfo | None, *, test: bool) -> dic
 def open_sources(config: Config, info: DatasetInfo | None, *, test: bool) -> dict[str, Source]:
     """A source for each split that is given; the test split only where it is asked for."""
     if config.train_data_dir:
-        train = open_folder(Path(config.train_data_dir), config.channels)
+        root = Path(config.train_data_dir)
+        train = open_folder(root, config.channels)
         sources: dict[str, Source] = {"train": train}
-        for part, root in (("val", config.val_data_dir), ("test", config.test_data_dir if test else None)):
-            if root:
-                sources[part] = open_folder(Path(root), train.channels, train.kind)
+        for part, given in (("val", config.val_data_dir), ("test", config.test_data_dir)):
+            if (given or has_part(root, part)) and (test or part != "test"):
+                sources[part] = open_folder(Path(given or root), train.channels, train.kind, part)
         return sources
     if config.dataset in SOURCES and not config.data_files:
         found = SOURCES[config.dataset]()
-        given = found if isinstance(found, dict) else {"train": found}
-        return {part: source for part, source in given.items() if test or part != "test"}
+        parts = found if isinstance(found, dict) else {"train": found}
+        return {part: source for part, source in parts.items() if test or part != "test"}
     return dict(hub.whole_sources(config, info, test=test))
 
 

@@ -40,6 +40,11 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
     model_args: the arguments of the constructor; they must be JSON. name: the table's name in models/model.py.
     """
 
+    # Of models that compute their own loss (detectors): whether it is told in evaluation; whether it is a mean over
+    # samples, which no cut into micro-batches changes.
+    loss_in_evaluation = True
+    loss_is_mean_over_samples = True
+
     mean_C11: Tensor
     std_C11: Tensor
 

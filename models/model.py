@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from models import torchvision_models
+from models import detection, torchvision_detectors, torchvision_models
 from models.base_model import BaseModel, ModelError
 from models.clip import CLIP, PREFIX
 from models.grid_cnn import GridCNN
@@ -21,28 +21,37 @@ MODELS: dict[str, Callable[..., BaseModel]] = {
 }
 
 
-def model_names() -> list[str]:
-    """Of image classifiers; each of them is the image side of the model clip/<name>, too."""
-    return [*MODELS, *torchvision_models.names()]
+def model_names(task: str | None = None) -> list[str]:
+    """Of a task; else of all classifiers and detectors. Each classifier is the image side of clip/<name>, too."""
+    classifiers = [*MODELS, *torchvision_models.names()]
+    if task == "detection":
+        return detection.names()
+    if task == "image_text":
+        return [PREFIX + name for name in classifiers]
+    return classifiers if task else [*classifiers, *detection.names()]
 
 
-def check_name(name: str) -> None:
-    """Raises ModelError with the nearest names where there is no such model."""
-    prefix = PREFIX if name.startswith(PREFIX) else ""
-    if name.removeprefix(PREFIX) not in model_names():
-        near = difflib.get_close_matches(name.removeprefix(PREFIX), model_names(), n=3, cutoff=0.4) or list(MODELS)
-        raise ModelError(f"no model is called {name!r}: did you mean {' or '.join(prefix + one for one in near)}?")
+def check_name(name: str, task: str | None = None) -> None:
+    """Raises ModelError with the nearest names where there is no such model, or none of the task."""
+    names = model_names(task or ("image_text" if name.startswith(PREFIX) else None))
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:1]
+        elsewhere = task and any(name in model_names(other) for other in (None, "image_text"))
+        what = f"no model{f' for {task}' if elsewhere else ''} is called {name!r}"
+        raise ModelError(f"{what}: did you mean {' or '.join(near)}?")
 
 
 def build(name: str, **model_args: Any) -> BaseModel:
     """A model with fresh weights from the current state of torch's generator."""
     check_name(name)
     given = {key: value for key, value in model_args.items() if key != "architecture" and value is not None}
-    check_labels_fit(name, given)
-    if "heads" in given:  # several tasks
-        builder: Callable[..., BaseModel] = partial(MultiHead, name)
+    builder: Callable[..., BaseModel]
+    if name in detection.names():
+        builder = detection.builder(name)
     elif name.startswith(PREFIX):
         builder = partial(CLIP, name)
+    elif "heads" in given:  # several tasks
+        builder = partial(MultiHead, name)
     else:
         builder = MODELS.get(name, partial(torchvision_models.TorchvisionClassifier, name))
     try:
@@ -55,15 +64,11 @@ def build(name: str, **model_args: Any) -> BaseModel:
     return model
 
 
-def check_labels_fit(name: str, given: dict[str, Any]) -> None:
-    """Raises ModelError for a classifier of captions, or a clip/ model of anything else."""
-    if ("tokenizer" in given) != name.startswith(PREFIX):
-        other = name.removeprefix(PREFIX) if name.startswith(PREFIX) else PREFIX + name
-        raise ModelError(f"--model {name} does not fit the labels of the data: take {other}")
-
-
 def input_size(name: str, image_size: int) -> int:
     """The side of the images that the model will be given: image_size, or more where it cannot take so little."""
     check_name(name)
     name = name.removeprefix(PREFIX)
-    return image_size if name in MODELS else torchvision_models.input_size(name, image_size)
+    if name in MODELS or name in detection.DETECTORS:
+        return image_size
+    family = torchvision_detectors if name in detection.names() else torchvision_models
+    return family.input_size(name, image_size)

@@ -9,8 +9,9 @@ from pathlib import Path
 import models
 from configs.errors import ConfigError, DataError
 from configs.options import Config
-from data.captioned_folder import open_folder
+from data.boxes import BoxLabels
 from data.dataset import check_labels, load_data
+from data.folders import open_folder
 from data.kinds import check_kind
 from data.labels import ClassLabels
 from data.leakage import duplicates_between
@@ -84,7 +85,8 @@ def open_split(config: Config, model: models.BaseModel, part: str) -> Split:
     """The split to measure on. Raises DataError where there is none, or where its classes are not the model's."""
     config = replace(config, channels=1 if len(model.mean_C11) == 1 else 3)
     if part == "test" and config.test_data_dir:
-        like = ClassLabels(model.classes) if model.classes else None
+        kind = BoxLabels if "boxes" in TRAINERS[model.task].kinds else ClassLabels
+        like = kind(model.classes) if model.classes else None
         own = whole(open_folder(Path(config.test_data_dir), config.channels, like))
         check_kind(own.source.kind, TRAINERS[model.task].kinds, model.task)
         if config.train_data_dir and Path(config.train_data_dir).is_dir():  # it may have stayed on another machine

@@ -109,7 +109,8 @@ def made_of_what_is_computed_at_once(model: nn.Module) -> str:
     """What in the model makes its result depend on --micro_batch_size, though not on the number of processes."""
     batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
     dropout = any(isinstance(module, (_DropoutNd, StochasticDepth)) and module.p for module in model.modules())
-    return " and ".join(["BatchNorm"] * batch_norm + ["dropout"] * dropout)
+    loss = not getattr(model, "loss_is_mean_over_samples", True)
+    return " and ".join(["the loss"] * loss + ["BatchNorm"] * batch_norm + ["dropout"] * dropout)
 
 
 def left_out_each_epoch(train_loader: Any, batch_size: int) -> int:

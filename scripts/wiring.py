@@ -24,6 +24,7 @@ from models.views import MeanOfViews
 from trainer import micro_batch
 from trainer.base_trainer import BaseTrainer
 from trainer.contrastive_trainer import ContrastiveTrainer
+from trainer.detection_trainer import DetectionTrainer
 from trainer.device import make_accelerator
 from trainer.distillation import distilled
 from trainer.main_trainer import MainTrainer
@@ -32,6 +33,7 @@ from trainer.multitask_trainer import MultiTaskTrainer
 # A task of your own: one line here, one file in trainer/. The first whose labels the data have is the default.
 TRAINERS: dict[str, type[BaseTrainer]] = {
     "classification": MainTrainer,
+    "detection": DetectionTrainer,
     "image_text": ContrastiveTrainer,
     "multitask": MultiTaskTrainer,
 }
@@ -47,10 +49,14 @@ def check_names(config: Config) -> None:
     if config.task and config.task not in TRAINERS:
         raise ConfigError(f"--task {config.task} does not exist", fix=nearest(config.task, list(TRAINERS)))
     if config.model:
-        try:
-            check_name(config.model)
-        except ModelError as error:
-            raise ConfigError(f"--model {config.model}: {error}") from None
+        check_model(config.model, config.task)
+
+
+def check_model(name: str, task: str | None) -> None:
+    try:
+        check_name(name, task)
+    except ModelError as error:
+        raise ConfigError(f"--model {name}: {error}") from None
 
 
 def completed(config: Config, kind: Labels) -> Config:
@@ -66,11 +72,15 @@ def completed(config: Config, kind: Labels) -> Config:
             raise ConfigError(f"--{name} is of no use where the data have {kind.name}", fix="leave it out")
     if kind.name == "captions" and config.auto_micro_batch:
         raise ConfigError("--auto_micro_batch cuts a batch that the contrastive loss needs whole", fix="leave it out")
+    if kind.name == "boxes" and config.cache != "none":
+        raise ConfigError("--cache keeps pictures at another size, whose boxes it does not know", fix="leave it out")
+    model = config.model or trainer.default_model
+    check_model(model, task)
     return replace(
         config,
         task=task,
         labels=kind.name,  # type: ignore[arg-type]
-        model=config.model or trainer.default_model,
+        model=model,
     )
 
 

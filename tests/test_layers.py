@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "trainer": {"configs", "data.order", "data.batch_sizes"},
     "scripts": {"configs", "data", "models", "trainer", "scripts"},
 }
-OPTIONAL = {"wandb", "tensorboard", "timm", "datasets", "tokenizers"}
+OPTIONAL = {"wandb", "tensorboard", "timm", "datasets", "tokenizers", "torchmetrics"}
 
 
 def imported(tree: ast.AST) -> set[str]:

@@ -180,7 +180,7 @@ def test_cost_equals_a_count_by_hand():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", model_names())
+@pytest.mark.parametrize("name", model_names("classification"))
 def test_every_model_takes_one_and_three_channels_of_small_images(name):
     for channels in (1, 3):
         if name.startswith("regnet"):  # its constructor computes with numbers that the meta device has not

@@ -16,6 +16,7 @@ HIGHER_IS_BETTER = {
     "mae": False,
     "rmse": False,
     "map50": True,
+    "map75": True,
     "recall_at_1": True,
     "recall_at_5": True,
     "recall_at_10": True,

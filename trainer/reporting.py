@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -53,7 +53,7 @@ def utilization(trainer: BaseTrainer, samples_per_second: float) -> float | None
     return mfu.utilization(samples_per_second, flops, found, trainer.processes.number)
 
 
-def track(trainer: BaseTrainer, values: dict[str, float]) -> None:
+def track(trainer: BaseTrainer, values: dict[str, Any]) -> None:
     for tracker in trainer.trackers:
         tracker.log(values, trainer.state.step)
 
