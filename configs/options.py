@@ -10,15 +10,15 @@ from configs.errors import ConfigError
 from configs.names import check_texts
 from configs.secrets import shown
 
-OF_DATASETS = ("data_files", "image_column", "label_column")  # of no use with an image folder
+OF_DATASETS = ("data_files", "image_column", "label_column", "label_columns")  # of no use with an image folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     dataset: str = "digits"
-    """`digits` (embedded), or a Hugging Face dataset: a local folder or a hub id."""
+    """`digits` or `digit_captions` (embedded), or a Hugging Face dataset: a local folder or a hub id."""
     train_data_dir: str | None = None
-    """Image folder with one subfolder a class (`cat/1.png`); used instead of `--dataset`."""
+    """Image folder with a subfolder a class (`cat/1.png`), or captions.jsonl/.csv; used instead of `--dataset`."""
     data_files: tuple[str, ...] = ()
     """Files that are cut into splits, alone or of `--dataset`: paths, patterns, URLs (parquet, .tar, JSON, CSV)."""
     mix_datasets: tuple[str, ...] = ()
@@ -33,6 +33,10 @@ class DataOptions:
     """Image column of a Hugging Face dataset; default: the first of type Image."""
     label_column: str | None = None
     """Label column of a Hugging Face dataset; default: the first of type ClassLabel."""
+    label_columns: tuple[str, ...] = ()
+    """Several label columns, each a task: classes, lists of classes, or numbers by its type; labels may be missing."""
+    labels: Literal["classes", "multi_label", "numbers", "boxes", "captions", "several"] | None = None
+    """What the labels are; default: from the columns."""
     num_classes: int | None = None
     """Number of classes, where a stream of numbered labels does not tell."""
     group_column: str | None = None
@@ -73,10 +77,10 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    task: str = "classification"
-    """What is learnt: a name from the table in `scripts/wiring.py`."""
-    model: str = "simple_cnn"
-    """`simple_cnn`, any torchvision classifier (resnet18, resnet50, efficientnet_b0, vit_b_16, ...), or `timm/NAME`."""
+    task: str | None = None
+    """What is learnt: a name from the table in `scripts/wiring.py`; default: from the labels of the data."""
+    model: str | None = None
+    """`simple_cnn` (default), or any torchvision classifier: resnet18, vit_b_16, ...; clip/NAME, timm/NAME."""
     weights: str | None = None
     """Weights to begin with, all of them: a run, a checkpoint, `best/`, a .safetensors or .pth file, a hub id."""
     pretrained: str | None = None
@@ -95,6 +99,14 @@ class ModelOptions:
     """Store image tensors with the channels last: faster on recent GPUs."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the weights, 0.999 for example; 0 is off."""
+    swa_start_epoch: int | None = None
+    """SWA: use the mean of the weights at the ends of epochs, from this one on (counted from 0)."""
+    teacher: str | None = None
+    """Distill this model into the one that is trained: whatever `--weights` takes that has a config.json beside it."""
+    distill_weight: float = 0.5
+    """Share of the distillation in the loss; the rest is the cross entropy with the labels."""
+    distill_temperature: float = 2.0
+    """What the logits of both models are divided by (https://arxiv.org/abs/1503.02531)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +137,8 @@ class OptimOptions:
     """What the learning rate is multiplied by for every block below the head, 0.75 for example; 1 is off."""
     grad_clip: float | None = None
     """Largest global gradient norm; the bare flag means 1.0."""
+    swa_lr: float | None = None
+    """Constant learning rate from `--swa_start_epoch` on; default: the schedule goes on."""
     scheduler: Literal["cosine", "step", "plateau", "exponential", "one_cycle", "constant"] = "cosine"
     """Course of the learning rate, computed once an optimizer step."""
     warmup_steps: int = 0
@@ -135,6 +149,10 @@ class OptimOptions:
     """Epochs between two decays of step; evaluations without improvement before one of plateau."""
     label_smoothing: float = 0.0
     """Share of each label spread evenly over all classes."""
+    class_weights: Literal["none", "balanced", "sqrt"] = "none"
+    """The loss of a sample weighs by 1 / (its class's training samples), or by the root of that."""
+    loss_weights: tuple[str, ...] = ()
+    """What the losses of several tasks weigh, `digit=1 ink=0.5`; or `learnt` (https://arxiv.org/abs/1705.07115)."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of weights and sums; float64 is for comparing runs, and slow."""
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = None
@@ -167,8 +185,8 @@ class RunOptions:
     """Newest checkpoints kept."""
     keep_best: int = 1
     """Checkpoints kept besides for the best value of `--monitor`."""
-    monitor: str = "accuracy"
-    """The metric of the validation line that decides what is best."""
+    monitor: str | None = None
+    """The metric of the validation line that decides what is best; default: the task's own, accuracy for example."""
     monitor_mode: Literal["min", "max"] | None = None
     """Whether less or more is better; default: from a table."""
     min_delta: float = 0.0
@@ -220,7 +238,8 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
                 "num_classes", "expect_processes"),
             0: ("warmup_steps", "keep_best", "num_workers", "min_delta", "mixup", "cutmix", "weight_decay", "seed",
                 "split_seed", "mix_off_epoch", "lr", "label_smoothing", "ema_decay", "random_erasing", "dropout",
-                "momentum", "freeze_epochs", "layer_decay", "decay_factor", "max_bad_fraction", "max_nonfinite"),
+                "momentum", "decay_factor", "max_bad_fraction", "max_nonfinite", "swa_start_epoch",
+                "distill_weight", "freeze_epochs", "layer_decay"),
         }  # fmt: skip
         for minimum, names in at_least.items():
             for name in names:
@@ -234,7 +253,7 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
         for name in ("label_smoothing", "ema_decay", "dropout", "momentum"):
             if (getattr(self, name) or 0) >= 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must be less than 1")
-        for name in ("random_erasing", "decay_factor", "max_bad_fraction", "layer_decay"):
+        for name in ("random_erasing", "decay_factor", "max_bad_fraction", "layer_decay", "distill_weight"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must be at most 1")
         if not self.layer_decay:
@@ -244,6 +263,7 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
                 "--weights and --pretrained both say what to begin with",
                 fix="take --pretrained where the head may differ, --weights where nothing may",
             )
+        check_extras(self)
         if self.grad_clip is not None and not 0 < self.grad_clip < float("inf"):
             raise ConfigError(
                 f"--grad_clip is {self.grad_clip}: it must be above 0", fix="leave it out for no clipping"
@@ -285,7 +305,18 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
             )
         if self.mix_weights and self.sampling != "uniform":
             raise ConfigError(f"--sampling {self.sampling} and --mix_weights both say how often a sample comes")
-        needs_labels = {"cache": "none", "sampling": "uniform", "augment_rare": "none", "group_column": None}
+        if self.class_weights != "none" and self.sampling != "uniform":
+            raise ConfigError(
+                f"--class_weights {self.class_weights} and --sampling {self.sampling} both make up for rare classes",
+                fix="leave one of them out",
+            )
+        if self.label_column and self.label_columns:
+            raise ConfigError("--label_column and --label_columns both name the labels", fix="leave one of them out")
+        check_loss_weights(self.loss_weights)
+        needs_labels = {
+            "cache": "none", "sampling": "uniform", "augment_rare": "none", "group_column": None,
+            "class_weights": "none",
+        }  # fmt: skip
         if self.streaming and (given := [name for name, off in needs_labels.items() if getattr(self, name) != off]):
             raise ConfigError(
                 f"--{given[0]} {getattr(self, given[0])} needs all data at hand, and --streaming has a part of them",
@@ -302,6 +333,23 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
             )
 
 
+def check_extras(config: Config) -> None:
+    """What belongs to SWA and to distillation."""
+    for name, value in (("swa_lr", config.swa_lr), ("distill_temperature", config.distill_temperature)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"--{name} is {value}: it must be above 0")
+    if config.swa_start_epoch is not None and config.ema_decay:
+        raise ConfigError("--ema_decay and --swa_start_epoch both average the weights", fix="leave one of them out")
+    needs = {"swa_lr": "swa_start_epoch", "distill_weight": "teacher", "distill_temperature": "teacher"}
+    for name, needed in needs.items():
+        if getattr(config, needed) is None and getattr(config, name) != getattr(Config, name):
+            raise ConfigError(f"--{name} {getattr(config, name)} does nothing without --{needed}")
+    if config.teacher and config.task not in (None, "classification"):
+        raise ConfigError(
+            f"--teacher teaches the probabilities of classes, and --task is {config.task}", fix="leave it out"
+        )
+
+
 def milestones(words: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
     """The epochs and sizes of `--batch_size_schedule`. Raises ConfigError where they are none."""
     found: list[tuple[int, int]] = []
@@ -315,6 +363,22 @@ def milestones(words: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
             raise ConfigError(f"--batch_size_schedule {shown(' '.join(words))}: its epochs must rise from 1 on")
         found.append((int(epoch), int(size)))
     return tuple(found)
+
+
+def check_loss_weights(words: tuple[str, ...]) -> None:
+    """Raises ConfigError where they are neither `learnt` nor NAME=NUMBER."""
+    if words == ("learnt",):
+        return
+    for word in words:
+        name, equals, number = word.rpartition("=")
+        try:
+            good = bool(name and equals) and 0 <= float(number) < float("inf")
+        except ValueError:
+            good = False
+        if not good:
+            raise ConfigError(
+                f"--loss_weights has {shown(word)}", fix="give NAME=NUMBER for each task, for example digit=1 ink=0.5"
+            )
 
 
 def nearest(name: str, names: list[str]) -> str:

@@ -138,7 +138,7 @@ class Cached:
 
     def __init__(self, source: Source, store: Store):
         self.source, self.store = source, store
-        self.classes, self.labels, self.channels = source.classes, source.labels, source.channels
+        self.kind, self.labels, self.channels = source.kind, source.labels, source.channels
         self.origin = source.origin
         self.bad = {place: fault["what"] for place, fault in store.faults.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -50,17 +51,29 @@ def chosen_column(features: dict[str, Any], wanted: str | None, found: list[str]
 
 
 def values_of(dataset: Any, column: str) -> np.ndarray:
-    return as_array(dataset.select_columns([column]).with_format("numpy")[:][column])
+    """All of a column, [N]; nested values as the Python objects they are."""
+    from datasets import ClassLabel, Value
+
+    plain = isinstance(dataset.features[column], (ClassLabel, Value))
+    return as_array(dataset.select_columns([column]).with_format("numpy" if plain else None)[:][column])
 
 
 def as_array(values: Any) -> np.ndarray:
     """[N], of objects where the values are lists of several lengths."""
-    try:
-        return np.asarray(values)
-    except ValueError:
-        array = np.empty(len(values), object)
-        array[:] = values
-        return array
+    if isinstance(values, np.ndarray) or not len(values) or not isinstance(values[0], (list, dict)):
+        with suppress(ValueError):
+            return np.asarray(values)
+    return array_of(list(values))
+
+
+def array_of(labels: list[Any]) -> np.ndarray:
+    """Labels taken one by one as an array again: of numbers, or of objects as they are."""
+    if isinstance(labels[0], (int, float, np.generic)):
+        return np.array(labels)
+    array = np.empty(len(labels), object)
+    for place, label in enumerate(labels):
+        array[place] = label
+    return array
 
 
 def is_missing(value: Any) -> bool:
@@ -94,9 +107,10 @@ def classes_of(feature: Any, values: np.ndarray, column: str, name: str) -> list
     return [str(number) for number in range(highest + 1)]
 
 
-def numbers_of(values: np.ndarray, classes: list[str], name: str, *, strict: bool = True) -> np.ndarray:
+def numbers_of(cells: Any, classes: list[str], name: str, *, strict: bool = True) -> np.ndarray:
     """Labels as class numbers, int64 [N]; a missing one is -1. Text is looked up among the classes: an unknown one
     raises DataError where strict, else it is -1 as well."""
+    values = as_array(cells)
     if values.dtype.kind in "iu":
         return values.astype(np.int64)
     numbers = {name: number for number, name in enumerate(classes)}

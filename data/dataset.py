@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-import numpy as np
-
 from configs.dataset_info import IMAGENET_MEAN, IMAGENET_STD, DatasetInfo, find_dataset_info
 from configs.errors import ConfigError, DataError
 from configs.options import Config
 from data import hub
+from data.captions import CaptionLabels
 from data.decode import decode
+from data.labels import Labels
 from data.sequential import SequentialStream
 from data.split import Split
 from data.streamed import streamed_splits
@@ -27,10 +27,14 @@ class Data:
     train: Split
     val: Split | None
     test: Split | None  # opened for scripts/test.py alone
-    classes: list[str]
+    kind: Labels  # of what is learnt, with its classes
     info: DatasetInfo
     image_size: int
     held_out: int = 0  # samples kept back for a test
+
+    @property
+    def classes(self) -> list[str]:
+        return self.kind.classes
 
 
 def load_data(config: Config, *, test: bool = False) -> Data:
@@ -43,17 +47,20 @@ def load_data(config: Config, *, test: bool = False) -> Data:
         splits.pop("test", None)
     check_splits(splits, name)
     train = splits["train"]
-    if info and info.classes not in (None, len(train.source.classes)):
+    kind = train.source.kind
+    if info and info.classes not in (None, len(kind.classes)):
         info = None  # a folder that only bears the name of a known dataset
     channels, height, width = first_shape(train, name)
     if config.channels and config.channels != channels:
         raise ConfigError(f"--channels {config.channels}, but the images of {name} have {channels}")
     plain = unknown_dataset(channels)
+    if isinstance(kind, CaptionLabels):
+        plain = replace(plain, horizontal_flip=False)  # a caption may say `left`
     info = info or plain
     if info.channels != channels:
         info = replace(info, mean=plain.mean, std=plain.std)
     image_size = config.image_size or info.image_size or min(224, height, width)
-    return Data(name, train, splits.get("val"), splits.get("test"), train.source.classes, info, image_size, held_out)
+    return Data(name, train, splits.get("val"), splits.get("test"), kind, info, image_size, held_out)
 
 
 def first_shape(split: Split, name: str) -> tuple[int, int, int]:
@@ -104,24 +111,17 @@ def check_splits(splits: dict[str, Split], name: str) -> None:
             check_labels(split, part, name)
     if splits["train"].streamed:
         return
-    present = np.unique(splits["train"].labels)
-    if len(present) < 2:
-        raise DataError(
-            f"training needs two classes or more, found {len(present)}: "
-            f"{', '.join(splits['train'].source.classes[label] for label in present)}",
-            where=name,
-            fix="image folders hold one subfolder a class; --label_column names the labels of other datasets",
-        )
+    splits["train"].source.kind.check(splits["train"].labels, name)
 
 
 def check_labels(split: Split, part: str, name: str) -> None:
-    """Refuse labels that are no class numbers."""
-    classes, labels = len(split.source.classes), split.labels
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    """Refuse labels that cannot be learnt."""
+    kind, labels = split.source.kind, split.labels
+    wrong = kind.faults(labels)
     if len(wrong):
         raise DataError(
-            f"label {labels[wrong[0]]} at place {int(split.ids[wrong[0]])} of the {part} split: the {classes} classes "
-            f"are numbered 0 to {classes - 1} ({len(wrong)} such labels)",
+            f"place {int(split.ids[wrong[0]])} of the {part} split: {kind.fault(labels[wrong[0]])} "
+            f"({len(wrong)} such labels)",
             where=name,
             fix="correct the labels, or name another column with --label_column",
         )

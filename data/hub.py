@@ -12,7 +12,8 @@ import numpy as np
 from configs.dataset_info import DATASETS, DatasetInfo
 from configs.errors import DataError
 from configs.options import Config, nearest
-from data.columns import classes_of, image_column, label_column, numbers_of, values_of
+from data.columns import image_column, values_of
+from data.kinds import open_labels
 from data.sequential import SequentialStream
 from data.sources import ArrowSource
 from data.stream import ParquetReader, Reader, SourceReader, is_remote, read_column, read_footers
@@ -101,15 +102,14 @@ def whole_sources(config: Config, info: DatasetInfo | None, *, test: bool) -> di
     if not len(train):
         raise DataError("the train split is empty", where=name)
     image = image_column(train.features, config.image_column or known.image_column, name)
-    label = label_column(train.features, config.label_column or known.label_column, name)
-    classes = classes_of(train.features[label], values_of(train, label), label, name)
+    kind = open_labels(train.features, lambda column: values_of(train, column), config, info, name)
     channels = config.channels or (info.channels if info else None)
     sources: dict[str, ArrowSource] = {}
     for part, table in tables.items():
         if len(table) and (test or part != "test"):
             where = f"{name} ({part})"
-            labels = numbers_of(values_of(table, label), classes, where)
-            sources[part] = ArrowSource(table, image, labels, where, channels, classes)
+            labels = kind.read({column: values_of(table, column) for column in kind.columns}, where)
+            sources[part] = ArrowSource(table, image, labels, where, channels, kind)
             channels = sources[part].channels
     return sources
 
@@ -161,14 +161,12 @@ def parquet_readers(
     if features is None:
         features = datasets.Features.from_arrow_schema(footers["train"][0].schema.to_arrow_schema())
     image = image_column(features, config.image_column or known.image_column, name)
-    label = label_column(features, config.label_column or known.label_column, name)
-    values = np.empty(0) if hasattr(features[label], "names") else read_column(parts["train"], label)
-    classes = classes_of(features[label], values, label, name)
+    kind = open_labels(features, lambda column: read_column(parts["train"], column), config, info, name)
     for part, files in parts.items():
         for file, footer in zip(files, footers[part]):
-            if missing := {image, label} - set(footer.schema.to_arrow_schema().names):
+            if missing := {image, *kind.columns} - set(footer.schema.to_arrow_schema().names):
                 raise DataError(f"the {part} split has no column {missing.pop()!r}", where=file)
-    return {part: ParquetReader(files, image, label, classes, footers[part]) for part, files in parts.items()}
+    return {part: ParquetReader(files, image, kind, footers[part]) for part, files in parts.items()}
 
 
 def sequential_streams(
@@ -189,19 +187,8 @@ def sequential_streams(
         train = tables["train"]
         train = train if train.features else train._resolve_features()
     image = image_column(train.features, config.image_column or known.image_column, name)
-    label = label_column(train.features, config.label_column or known.label_column, name)
-    count = config.num_classes or known.classes
-    if not hasattr(train.features[label], "names") and not count:
-        raise DataError(f"column {label!r} does not tell the classes", where=name, fix="give --num_classes N")
-    if getattr(train.features[label], "dtype", None) in ("string", "large_string"):
-        raise DataError(
-            f"column {label!r} holds text, and the classes are not known before the stream has been read",
-            where=name,
-            fix="save the labels as numbers, or the data as parquet",
-        )
-    classes = getattr(train.features[label], "names", None) or [str(number) for number in range(count or 0)]
+    kind = open_labels(train.features, None, config, info, name)
     remote = any(is_remote(file) for files in parts.values() for file in files)
     return {
-        part: SequentialStream(table, image, label, classes, f"{name} ({part})", remote=remote)
-        for part, table in tables.items()
+        part: SequentialStream(table, image, kind, f"{name} ({part})", remote=remote) for part, table in tables.items()
     }

@@ -124,8 +124,8 @@ def digest(content: bytes | torch.Tensor) -> bytes:
 
 
 def count_other_label(labels_a: np.ndarray, labels_b: np.ndarray, pairs: list[tuple[int, int]]) -> int:
-    """How many pairs have two labels that differ; -1 stands for none, as in published test sets."""
-    if not pairs:
+    """How many pairs have two class numbers that differ; -1 stands for none, as in published test sets."""
+    if not pairs or labels_a.dtype == object or labels_b.dtype == object:
         return 0
     places_a, places_b = np.array(pairs).T
     one, two = labels_a[places_a], labels_b[places_b]

@@ -19,7 +19,8 @@ from configs.errors import ConfigError, DataError
 from configs.options import Config
 from data.balance import rare_classes, repeats
 from data.batch_sizes import BatchSizes, check_shares
-from data.batches import ImageDataset
+from data.batches import ImageDataset, PictureDataset
+from data.box_dataset import BoxDataset, BoxTransform, eval_box_transform, train_box_transform
 from data.dataset import Data
 from data.order import Blocks, Draw, EvalOrder, Mixed, Resampled, Samples, Shuffled, TrainOrder
 from data.sequential import SequentialEvalOrder, SequentialStream, SequentialTrainOrder
@@ -63,7 +64,7 @@ class OrderedLoader:
     key; in evaluation it is left out. `bad` lists them as they are met.
     """
 
-    def __init__(self, dataset: ImageDataset, order: Order, num_workers: int, stream: Any, size: int | None):
+    def __init__(self, dataset: PictureDataset, order: Order, num_workers: int, stream: Any, size: int | None):
         self.dataset, self.order, self.stream, self.size = dataset, order, stream, size
         self.bad: list[BadSample] = []
         self.draws = Draws(order, stream if isinstance(stream, Stream) else None)
@@ -127,7 +128,7 @@ class OrderedLoader:
                 one = self.dataset.__getitems__(spare)
                 if "faults" not in one:
                     for name, values in one.items():
-                        batch[name][slot] = values[0]
+                        batch[name] = put(batch[name], slot, values)
                     break
                 self.note(int(one["ids"][0]), one["faults"][0][1])
             else:
@@ -144,11 +145,31 @@ class OrderedLoader:
         bad = [slot for slot, _ in faults]
         good = [slot for slot in range(len(batch["ids"])) if slot not in bad]
         if good:
-            return {name: values[good] for name, values in batch.items()}
+            return {name: taken(values, good) for name, values in batch.items()}
         return batch | {"valid": torch.zeros(len(batch["ids"]), dtype=torch.bool)}
 
     def note(self, place: int, reason: str) -> None:
         self.bad.append(BadSample(place, self.stream.name(place), reason))
+
+
+def taken(values: Any, slots: list[int]) -> Any:
+    """Some samples of a batch's entry: of a tensor [B, ...], or a list of B."""
+    return values[slots] if isinstance(values, torch.Tensor) else [values[slot] for slot in slots]
+
+
+def put(values: Any, slot: int, one: Any) -> Any:
+    """The entry with another sample in a slot. Where samples have several rows (boxes), those that one lacks are -1."""
+    if isinstance(values, torch.Tensor) and values.ndim > 1 and values.shape[1] != one.shape[1]:
+        rows = max(values.shape[1], one.shape[1])
+        values, one = (padded(entry, rows) for entry in (values, one))
+    values[slot] = one[0]
+    return values
+
+
+def padded(entries: torch.Tensor, rows: int) -> torch.Tensor:
+    """[B, R, ...] as [B, rows, ...], what is added being -1."""
+    missing = entries.new_full((len(entries), rows - entries.shape[1], *entries.shape[2:]), -1)
+    return torch.cat([entries, missing], 1)
 
 
 def outlive_a_signal(parent: int, forked: bool, worker: int) -> None:
@@ -207,9 +228,10 @@ def train_loader(config: Config, data: Data, process: int = 0, processes: int = 
         order = TrainOrder(samples, batch_size=batch_sizes, **shares)
         if config.augment_rare != "none":
             rare_C = rare_classes(split.labels, len(data.classes))
-    return loader(
-        config, split, order, train_transform(config, data.image_size, data.info.horizontal_flip, rare_C), data
-    )
+    flip = data.info.horizontal_flip
+    if data.kind.name == "boxes":
+        return loader(config, split, order, train_box_transform(config, data.image_size, flip))
+    return loader(config, split, order, train_transform(config, data.image_size, flip, rare_C))
 
 
 def samples_of(config: Config, data: Data) -> Samples:
@@ -243,17 +265,19 @@ def eval_loader(config: Config, split: Split, image_size: int, process: int = 0,
         if isinstance(split.source, Stream):  # block by block
             ids = ids[np.argsort(split.source.blocks_of(ids), kind="stable")]
         order = EvalOrder(ids, **shares)
-    return loader(config, split, order, eval_transform(image_size))
+    boxes = split.source.kind.name == "boxes"
+    return loader(config, split, order, eval_box_transform(image_size) if boxes else eval_transform(image_size))
 
 
-def loader(config: Config, split: Split, order: Order, transform: Transform, data: Data | None = None) -> OrderedLoader:
+def loader(config: Config, split: Split, order: Order, transform: Transform | BoxTransform) -> OrderedLoader:
     source = split.source
     streamed = isinstance(source, (Stream, SequentialStream))
-    dataset = ImageDataset(
+    of_pictures = BoxDataset if isinstance(transform, BoxTransform) else ImageDataset
+    dataset = of_pictures(
         None if streamed else source,  # type: ignore[arg-type]
         transform,
-        num_classes=len(source.classes),
-        channels=source.channels,
+        source.kind,
+        source.channels,
     )
     return OrderedLoader(dataset, order, workers(config, split), source, len(split) if split.counted else None)
 

@@ -32,6 +32,7 @@ class Use(IntEnum):
     GEOMETRY = 7
     REPEAT = 8
     BLOCKS = 9
+    CAPTION = 10
 
 
 def mix(*values: int, after: int = GOLDEN) -> int:
@@ -63,10 +64,10 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 class Rows(NamedTuple):
-    """Undecoded samples of a stream; a label that is no class number is one that was not read as such."""
+    """Undecoded samples of a stream; a label that could not be read has a fault."""
 
     pictures: list[bytes]
-    labels: np.ndarray  # int64 [B]
+    labels: np.ndarray  # [B]
 
 
 class Draw(NamedTuple):

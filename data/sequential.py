@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.errors import DataError
-from data.columns import numbers_of
+from data.columns import array_of
+from data.labels import Labels
 from data.order import Draw, Rows, Use, even_parts, keys_of, mix_ids
 from data.retry import patiently
 from data.sources import bytes_of_cell
@@ -26,7 +27,7 @@ ROW_BITS = 32  # an id is the file's number and the row's
 class Row(NamedTuple):
     id: int
     picture: bytes
-    label: int
+    label: Any
 
 
 class Part(NamedTuple):
@@ -42,11 +43,11 @@ class SequentialStream:
 
     in_memory = False
 
-    def __init__(self, dataset: Any, image: str, label: str, classes: list[str], title: str, *, remote: bool):
+    def __init__(self, dataset: Any, image: str, kind: Labels, title: str, *, remote: bool):
         from datasets import Image
 
-        self.dataset, self.image, self.label = dataset.cast_column(image, Image(decode=False)), image, label
-        self.classes, self.title, self.remote = classes, title, remote
+        self.dataset, self.image, self.kind = dataset.cast_column(image, Image(decode=False)), image, kind
+        self.title, self.remote = title, remote
         self.files = dataset.num_shards
         self.channels = 3
 
@@ -64,7 +65,8 @@ class SequentialStream:
                 raise
 
         while (row := patiently(following, self.title, remote=self.remote)) is not None:
-            label = int(numbers_of(np.asarray([row[self.label]]), self.classes, self.title, strict=False)[0])
+            cells = {column: [row[column]] for column in self.kind.columns}
+            label = self.kind.read(cells, self.title, strict=False)[0]
             try:
                 picture = bytes_of_cell(row[self.image], "")
             except DataError:
@@ -193,4 +195,4 @@ class SequentialEvalOrder:
 
 
 def as_rows(rows: list[Row]) -> Rows:
-    return Rows([row.picture for row in rows], np.array([row.label for row in rows], np.int64))
+    return Rows([row.picture for row in rows], array_of([row.label for row in rows]))

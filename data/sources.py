@@ -13,13 +13,14 @@ import torch
 
 from configs.errors import DataError
 from data.decode import channels_of
+from data.labels import ClassLabels, Labels
 
 
 class Source(Protocol):
     """What a dataset has to offer. Ids are the places 0..N-1; they never change within a run."""
 
-    classes: list[str]
-    labels: np.ndarray  # int64 [N]
+    kind: Labels  # of what is learnt, with its classes
+    labels: np.ndarray  # [N], of that kind
     channels: int
     in_memory: bool
     origin: str  # where all of it lies, whatever its content
@@ -43,8 +44,11 @@ class TensorSource:
     in_memory = True
     origin = "memory"
 
-    def __init__(self, images_NCHW: torch.Tensor, labels: np.ndarray, classes: list[str]):
-        self.images_NCHW, self.labels, self.classes = images_NCHW, labels.astype(np.int64), classes
+    def __init__(self, images_NCHW: torch.Tensor, labels: np.ndarray, kind: Labels | list[str]):
+        """kind: the names of the classes that the labels number, or labels of another kind."""
+        self.kind: Labels = ClassLabels(kind) if isinstance(kind, list) else kind
+        self.images_NCHW = images_NCHW
+        self.labels = labels if labels.dtype.kind in "Of" else labels.astype(np.int64)
         self.channels = images_NCHW.shape[1]
         self.bad: dict[int, str] = {}  # places without a picture, and why
 
@@ -61,49 +65,16 @@ class TensorSource:
         return hashlib.sha256(self.images_NCHW.numpy().tobytes()).hexdigest()
 
 
-class FolderSource:
-    """`root/class/image.png`; the classes are the sorted names of the subfolders."""
+class FileSource:
+    """Pictures in files below a folder."""
 
     in_memory = False
-
-    def __init__(self, root: Path, channels: int | None = None, classes: list[str] | None = None):
-        from torchvision.datasets.folder import IMG_EXTENSIONS
-
-        if not root.is_dir():
-            raise DataError(
-                "no such folder of images", where=str(root), fix="it holds one subfolder a class, with images"
-            )
-        found = sorted(folder.name for folder in root.iterdir() if folder.is_dir() and folder.name[0] != ".")
-        if found and not classes and set(found) <= {"train", "val", "valid", "validation", "test"}:
-            raise DataError(
-                f"the subfolders are splits ({', '.join(found)}), not classes",
-                where=str(root),
-                fix=f"give each its own flag: --train_data_dir {root / found[0]} --val_data_dir ...",
-            )
-        self.classes = classes or found
-        if strange := [name for name in found if name not in self.classes]:
-            raise DataError(
-                f"class folder {strange[0]!r} is none of the {len(self.classes)} training classes",
-                where=str(root),
-            )
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        self.root, self.origin = root, str(root.absolute())
-        self.paths = [
-            path
-            for name in found
-            for path in sorted((root / name).rglob("*"))
-            if path.suffix.lower() in IMG_EXTENSIONS and path.is_file() and not is_hidden(path, root)
-        ]
-        if not self.paths:
-            raise DataError("no images found", where=str(root), fix="put them in one subfolder a class: cat/1.png")
-        depth = len(root.parts)
-        self.labels = np.array([numbers[path.parts[depth]] for path in self.paths], np.int64)
-        empty = sorted(set(range(len(found))) - set(self.labels.tolist())) if not classes else []
-        if empty:
-            raise DataError(
-                f"class folder {found[empty[0]]!r} holds no images", where=str(root), fix="fill or remove it"
-            )
-        self.channels = channels or channels_of_first(self, range(len(self.paths)))
+    kind: Labels
+    labels: np.ndarray
+    channels: int
+    paths: list[Path]
+    root: Path
+    origin: str
 
     def read(self, place: int) -> bytes:
         try:
@@ -123,6 +94,50 @@ class FolderSource:
         for path in self.paths:
             digest.update(str(path.relative_to(self.root)).encode() + facts_of_file(path))
         return digest.hexdigest()
+
+
+class FolderSource(FileSource):
+    """`root/class/image.png`; the classes are the sorted names of the subfolders."""
+
+    def __init__(self, root: Path, channels: int | None = None, classes: list[str] | None = None):
+        from torchvision.datasets.folder import IMG_EXTENSIONS
+
+        if not root.is_dir():
+            raise DataError(
+                "no such folder of images", where=str(root), fix="it holds one subfolder a class, with images"
+            )
+        found = sorted(folder.name for folder in root.iterdir() if folder.is_dir() and folder.name[0] != ".")
+        if found and not classes and set(found) <= {"train", "val", "valid", "validation", "test"}:
+            raise DataError(
+                f"the subfolders are splits ({', '.join(found)}), not classes",
+                where=str(root),
+                fix=f"give each its own flag: --train_data_dir {root / found[0]} --val_data_dir ...",
+            )
+        classes, known = classes or found, bool(classes)
+        if strange := [name for name in found if name not in classes]:
+            raise DataError(
+                f"class folder {strange[0]!r} is none of the {len(classes)} training classes",
+                where=str(root),
+            )
+        self.kind = ClassLabels(classes)
+        numbers = {name: number for number, name in enumerate(classes)}
+        self.root, self.origin = root, str(root.absolute())
+        self.paths = [
+            path
+            for name in found
+            for path in sorted((root / name).rglob("*"))
+            if path.suffix.lower() in IMG_EXTENSIONS and path.is_file() and not is_hidden(path, root)
+        ]
+        if not self.paths:
+            raise DataError("no images found", where=str(root), fix="put them in one subfolder a class: cat/1.png")
+        depth = len(root.parts)
+        self.labels = np.array([numbers[path.parts[depth]] for path in self.paths], np.int64)
+        empty = sorted(set(range(len(found))) - set(self.labels.tolist())) if not known else []
+        if empty:
+            raise DataError(
+                f"class folder {found[empty[0]]!r} holds no images", where=str(root), fix="fill or remove it"
+            )
+        self.channels = channels or channels_of_first(self, range(len(self.paths)))
 
 
 def facts_of_file(path: Path) -> bytes:
@@ -159,11 +174,11 @@ class ArrowSource:
         labels: np.ndarray,
         title: str,
         channels: int | None,
-        classes: list[str],
+        kind: Labels,
     ):
         from datasets import Image as ImageFeature
 
-        self.title, self.origin, self.classes, self.labels = title, os.path.abspath(title), classes, labels
+        self.title, self.origin, self.kind, self.labels = title, os.path.abspath(title), kind, labels
         self.rows, self.column = dataset.cast_column(image_column, ImageFeature(decode=False)), image_column
         self.channels = channels or channels_of_first(self, range(len(self.rows)))
 
@@ -219,7 +234,7 @@ class JoinedSource:
     """Several sources of the same classes, one after the other."""
 
     def __init__(self, parts: Sequence[Source]):
-        self.parts, self.classes, self.channels = parts, parts[0].classes, parts[0].channels
+        self.parts, self.kind, self.channels = parts, parts[0].kind, parts[0].channels
         self.in_memory = all(part.in_memory for part in parts)
         self.origin = " and ".join(part.origin for part in parts)
         self.labels = np.concatenate([part.labels for part in parts])

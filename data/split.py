@@ -37,7 +37,7 @@ class Split:
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 [N], of data at hand: a stream does not tell them."""
+        """[N], of data at hand: a stream does not tell them."""
         assert not isinstance(self.source, (Stream, SequentialStream))
         return self.source.labels[self.ids]
 
@@ -74,10 +74,16 @@ def few(names: Sequence[str]) -> str:
 def check_classes(sources: Sequence[Any], config: Config) -> None:
     """Datasets that are mixed have the same classes in the same order."""
     for name, source in zip(config.mix_datasets, sources[1:]):
-        if source.classes != sources[0].classes:
+        classes, first = source.kind.classes, sources[0].kind.classes
+        if source.kind.name != sources[0].kind.name:
             raise DataError(
-                f"its {len(source.classes)} classes ({few(source.classes)}) are not the "
-                f"{len(sources[0].classes)} of the first dataset ({few(sources[0].classes)})",
+                f"it has {source.kind.name}, and the first dataset {sources[0].kind.name}",
+                where=f"--mix_datasets {name}",
+            )
+        if classes != first:
+            raise DataError(
+                f"its {len(classes)} classes ({few(classes)}) are not the "
+                f"{len(first)} of the first dataset ({few(first)})",
                 where=f"--mix_datasets {name}",
                 fix="mix datasets of the same classes in the same order",
             )

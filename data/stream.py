@@ -17,7 +17,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from configs.errors import DataError
-from data.columns import as_array, numbers_of
+from data.columns import array_of, as_array
+from data.labels import Labels
 from data.order import Rows
 from data.retry import patiently
 from data.sources import Source, bytes_of_cell, channels_of_first
@@ -28,7 +29,7 @@ READERS = 4  # threads that fetch blocks
 class Reader(Protocol):
     """Rows 0..size-1 in blocks; a row's number is its id."""
 
-    classes: list[str]
+    kind: Labels
     size: int
     block_count: int
 
@@ -42,7 +43,7 @@ class Reader(Protocol):
 
 
 class Block(Protocol):
-    labels: np.ndarray  # int64 [rows]; -1 where a row has none
+    labels: np.ndarray  # [rows]; those that could not be read have a fault
 
     def picture(self, row: int) -> bytes: ...
 
@@ -53,7 +54,7 @@ class Stream:
     in_memory = False
 
     def __init__(self, reader: Reader, open_blocks: int, channels: int | None = None):
-        self.reader, self.open_blocks, self.classes = reader, open_blocks, reader.classes
+        self.reader, self.open_blocks, self.kind = reader, open_blocks, reader.kind
         self.threads = ThreadPoolExecutor(READERS)
         self.blocks: OrderedDict[int, Future[Block]] = OrderedDict()
         self.channels = channels or channels_of_first(self, range(reader.size))  # type: ignore[arg-type]
@@ -95,7 +96,7 @@ class Stream:
         pairs = [(opened[block], row) for block, row in zip(blocks.tolist(), rows.tolist())]
         return Rows(
             [block.picture(row) for block, row in pairs],
-            np.array([block.labels[row] for block, row in pairs], np.int64),
+            array_of([block.labels[row] for block, row in pairs]),
         )
 
     def read(self, place: int) -> bytes:
@@ -122,8 +123,8 @@ class TableBlock:
 class ParquetReader:
     """Row groups of parquet files, local or remote (any path that fsspec opens). Their footers tell the row counts."""
 
-    def __init__(self, files: Sequence[str], image_column: str, label_column: str, classes: list[str], facts: Footers):
-        self.files, self.columns, self.classes, self.facts = files, (image_column, label_column), classes, facts
+    def __init__(self, files: Sequence[str], image_column: str, kind: Labels, facts: Footers):
+        self.files, self.image_column, self.kind, self.facts = files, image_column, kind, facts
         self.groups = [(file, group) for file, footer in enumerate(facts) for group in range(footer.num_row_groups)]
         self.block_count = len(self.groups)
         lengths = [facts[file].row_group(group).num_rows for file, group in self.groups]
@@ -142,13 +143,13 @@ class ParquetReader:
     def _read(self, path: str, footer: Any, group: int) -> TableBlock:
         import pyarrow.parquet
 
-        image_column, label_column = self.columns
+        columns = [self.image_column, *self.kind.columns]
         with open_file(path) as file:
             opened = pyarrow.parquet.ParquetFile(file, metadata=footer, pre_buffer=True)
-            table = opened.read_row_group(group, columns=list(self.columns), use_threads=False)
-        values = as_array(table.column(label_column).to_pylist())
-        labels = numbers_of(values, self.classes, path, strict=False)
-        return TableBlock(table.column(image_column).combine_chunks(), labels)
+            table = opened.read_row_group(group, columns=columns, use_threads=False)
+        cells = {column: table.column(column).to_pylist() for column in self.kind.columns}
+        labels = self.kind.read(cells, path, strict=False)
+        return TableBlock(table.column(self.image_column).combine_chunks(), labels)
 
     def name(self, place: int) -> str:
         blocks, rows = self.locate(np.array([place]))
@@ -182,7 +183,7 @@ def read_column(files: Sequence[str], column: str) -> np.ndarray:
             return pyarrow.parquet.read_table(file, columns=[column]).column(column).to_pylist()
 
     with ThreadPoolExecutor(READERS) as threads:
-        return np.asarray(
+        return as_array(
             sum(threads.map(lambda path: patiently(lambda: read(path), path, remote=is_remote(path)), files), [])
         )
 
@@ -209,7 +210,7 @@ class SourceReader:
     """Blocks of a source that is at hand: block b holds every n-th sample from b on, so that each has all classes."""
 
     def __init__(self, source: Source, rows_per_block: int):
-        self.source, self.classes, self.size = source, source.classes, len(source.labels)
+        self.source, self.kind, self.size = source, source.kind, len(source.labels)
         self.block_count = max(1, round(self.size / rows_per_block))
 
     def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -251,7 +252,7 @@ class JoinedReader:
     """Several readers of the same classes, one after the other."""
 
     def __init__(self, parts: Sequence[Reader]):
-        self.parts, self.classes = parts, parts[0].classes
+        self.parts, self.kind = parts, parts[0].kind
         self.starts = np.cumsum([0, *(part.size for part in parts)])
         self.size = int(self.starts[-1])
         self.first_blocks = np.cumsum([0, *(part.block_count for part in parts)])

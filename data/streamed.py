@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 
 from configs.dataset_info import DatasetInfo, find_dataset_info
 from configs.errors import ConfigError, DataError
 from configs.options import Config
 from data import hub
+from data.captions import CaptionLabels
 from data.decode import channels_of
 from data.embedded import SOURCES
 from data.sequential import Part, SequentialStream
@@ -16,6 +19,7 @@ from data.splits import part_of
 from data.stream import JoinedReader, Reader, Stream, open_blocks
 from data.whole import open_sources
 
+ROWS_FOR_WORDS = 10_000  # of captions, whose words a tokenizer learns
 NOT_COUNTED = np.empty(0, np.int64)
 
 
@@ -69,6 +73,8 @@ def sequential_splits(config: Config, streams: dict[str, SequentialStream]) -> d
     """Of streams that have to be read to be counted."""
     train = streams["train"]
     channels = config.channels or channels_of_first_row(train)
+    if isinstance(train.kind, CaptionLabels):
+        train.kind.learn(row.label for row in islice(train.rows(None, 0), ROWS_FOR_WORDS))
     for stream in streams.values():
         stream.channels = channels
     shares = missing_shares(list(streams), config)

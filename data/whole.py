@@ -13,8 +13,10 @@ from configs.dataset_info import DatasetInfo, find_dataset_info
 from configs.errors import ConfigError, DataError
 from configs.options import Config
 from data import hub
+from data.box_folders import has_part
 from data.embedded import SOURCES
-from data.sources import ArrowSource, FolderSource, JoinedSource, Source, TensorSource
+from data.folders import open_folder
+from data.sources import ArrowSource, JoinedSource, Source, TensorSource
 from data.split import Split, check_classes, missing_shares, more_datasets, with_more
 from data.splits import grouped_split, stratified_split
 
@@ -38,14 +40,17 @@ def whole_splits(config: Config, info: DatasetInfo | None, *, test: bool) -> dic
 def open_sources(config: Config, info: DatasetInfo | None, *, test: bool) -> dict[str, Source]:
     """A source for each split that is given; the test split only where it is asked for."""
     if config.train_data_dir:
-        train = FolderSource(Path(config.train_data_dir), config.channels)
+        root = Path(config.train_data_dir)
+        train = open_folder(root, config.channels)
         sources: dict[str, Source] = {"train": train}
-        for part, root in (("val", config.val_data_dir), ("test", config.test_data_dir if test else None)):
-            if root:
-                sources[part] = FolderSource(Path(root), train.channels, train.classes)
+        for part, given in (("val", config.val_data_dir), ("test", config.test_data_dir)):
+            if (given or has_part(root, part)) and (test or part != "test"):
+                sources[part] = open_folder(Path(given or root), train.channels, train.kind, part)
         return sources
     if config.dataset in SOURCES and not config.data_files:
-        return {"train": SOURCES[config.dataset]()}
+        found = SOURCES[config.dataset]()
+        parts = found if isinstance(found, dict) else {"train": found}
+        return {part: source for part, source in parts.items() if test or part != "test"}
     return dict(hub.whole_sources(config, info, test=test))
 
 
@@ -58,15 +63,17 @@ def cut_missing_splits(splits: dict[str, Split], config: Config) -> dict[str, Sp
     train, shares = splits["train"], missing_shares(list(splits), config)
     groups = groups_of_training(splits, config) if config.group_column else None
     if len(shares) > 1:
-        amounts = list(shares.values())
+        amounts, strata = list(shares.values()), train.source.kind.strata(train.labels)
         if groups is not None:
             try:
-                parts = grouped_split(train.ids, groups, train.labels, amounts, config.split_seed)
+                parts = grouped_split(
+                    train.ids, groups, train.source.kind.strata(train.labels), amounts, config.split_seed
+                )
             except DataError as error:
                 error.where = f"{hub.title(config)}, column {config.group_column}"
                 raise
         else:
-            parts = stratified_split(train.ids, train.labels, amounts, config.split_seed)
+            parts = stratified_split(train.ids, strata, amounts, config.split_seed)
         for part, ids in zip(shares, parts):
             if len(ids) or shares[part]:
                 splits[part] = Split(train.source, ids)
@@ -104,4 +111,4 @@ def joined(sources: Sequence[Source]) -> Source:
     if len(tensors) < len(sources) or len({source.images_NCHW.shape[1:] for source in tensors}) > 1:
         return JoinedSource(sources)
     images_NCHW = torch.cat([source.images_NCHW for source in tensors])
-    return TensorSource(images_NCHW, np.concatenate([source.labels for source in tensors]), sources[0].classes)
+    return TensorSource(images_NCHW, np.concatenate([source.labels for source in tensors]), sources[0].kind)

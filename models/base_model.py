@@ -41,6 +41,11 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
     model_args: the arguments of the constructor; they must be JSON. name: the table's name in models/model.py.
     """
 
+    # Of models that compute their own loss (detectors): whether it is told in evaluation; whether it is a mean over
+    # samples, which no cut into micro-batches changes.
+    loss_in_evaluation = True
+    loss_is_mean_over_samples = True
+
     mean_C11: Tensor
     std_C11: Tensor
 
@@ -50,9 +55,11 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
         self.model_args: dict[str, Any] = {}
         self.task = "classification"
         self.classes: list[str] = []
+        self.labels: dict[str, Any] = {}
         self.image_size: int | None = None
         self.origin: list[str] = []  # lines that tell what of the weights is pretrained
         self.frozen: list[str] = []  # names of the body's parameters, while it rests
+        self.horizontal_flip = False
         self.register_buffer("mean_C11", torch.zeros(1, 1, 1), persistent=False)
         self.register_buffer("std_C11", torch.ones(1, 1, 1), persistent=False)
 
@@ -111,6 +118,18 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
         norms = [module for module in self.modules() if isinstance(module, _NormBase)] if self.frozen else []
         return [norm for norm in norms if norm not in of_head]
 
+    def remove_head(self) -> int:
+        """Take away the last linear layer or convolution, so that `forward` gives features [B, dim]; the dim. Override
+        it where that is not the head."""
+        dim = self.dim
+        layers = [name for name, module in self.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        self.set_submodule(layers[-1], nn.Identity())
+        return dim
+
+    def example_inputs(self, batch_size: int, channels: int, image_size: int) -> tuple[Any, ...]:
+        """Arguments of `forward` in training, on the device of the weights, to measure what it costs."""
+        return (torch.zeros(batch_size, channels, image_size, image_size, device=next(self.parameters()).device),)
+
     def describe(
         self,
         *,
@@ -119,8 +138,13 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
         image_size: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        horizontal_flip: bool = False,
+        labels: dict[str, Any] | None = None,
     ) -> None:
-        """Tell the model what it is trained on; it is saved with it. mean and std are for pixels of 0..1."""
+        """Tell the model what it is trained on; it is saved with it. mean and std are for pixels of 0..1.
+        horizontal_flip: a mirror image shows the same. labels: what the outputs stand for, JSON; where there are none,
+        one class an image."""
+        self.horizontal_flip, self.labels = horizontal_flip, labels or {}
         self.task, self.classes, self.image_size = task, list(classes), image_size
         for buffer, values in ((self.mean_C11, mean), (self.std_C11, std)):
             buffer.resize_(len(values), 1, 1).copy_(torch.tensor(values, dtype=torch.float64).reshape(-1, 1, 1))
@@ -139,8 +163,14 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
             "model_args": self.model_args,
             "task": self.task,
             "classes": self.classes,
-            "preprocess": {"image_size": self.image_size, "channels": len(mean), "mean": mean, "std": std},
-        }
+            "preprocess": {
+                "image_size": self.image_size,
+                "channels": len(mean),
+                "mean": mean,
+                "std": std,
+                "horizontal_flip": self.horizontal_flip,
+            },
+        } | ({"labels": self.labels} if self.labels else {})
 
     def load_weights(self, file: str | Path, *, strict: bool = True) -> None:
         """Load a safetensors file. Raises ModelError that lists the keys or shapes that do not fit."""
@@ -197,6 +227,8 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
             image_size=preprocess["image_size"],
             mean=tuple(preprocess["mean"]),
             std=tuple(preprocess["std"]),
+            horizontal_flip=preprocess.get("horizontal_flip", False),  # models of before were not told
+            labels=config.get("labels"),
         )
         model.load_weights(weights)
         return model.eval()  # type: ignore[return-value]

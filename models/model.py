@@ -7,40 +7,62 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from models import timm_models, torchvision_models
+from models import detection, timm_models, torchvision_detectors, torchvision_models
 from models.base_model import BaseModel, ModelError
+from models.clip import CLIP, PREFIX
+from models.grid_cnn import GridCNN
+from models.multi_head import MultiHead
 from models.simple_cnn import SimpleCNN
 
 # A model of your own: one line here. A builder takes num_classes, in_channels, image_size and, if it has one, dropout.
 MODELS: dict[str, Callable[..., BaseModel]] = {
     "simple_cnn": SimpleCNN,
+    "grid_cnn": GridCNN,
 }
 
 
-def model_names() -> list[str]:
-    return [*MODELS, *torchvision_models.names()]
+def model_names(task: str | None = None) -> list[str]:
+    """Of a task; else of all classifiers and detectors. Each classifier is the image side of clip/<name>, too."""
+    classifiers = [*MODELS, *torchvision_models.names()]
+    if task == "detection":
+        return detection.names()
+    if task == "image_text":
+        return [PREFIX + name for name in classifiers]
+    return classifiers if task else [*classifiers, *detection.names()]
 
 
-def check_name(name: str) -> None:
-    """Raises ModelError with the nearest names where there is no such model."""
-    if name.startswith(timm_models.PREFIX):
+def check_name(name: str, task: str | None = None) -> None:
+    """Raises ModelError with the nearest names where there is no such model, or none of the task."""
+    if name.startswith(timm_models.PREFIX) and task != "detection":
         timm_models.check_name(name)
-    elif name not in model_names():
-        near = difflib.get_close_matches(name, model_names(), n=3, cutoff=0.4) or list(MODELS)
-        raise ModelError(f"no model is called {name!r}: did you mean {' or '.join(near)}?")
+        return
+    names = model_names(task or ("image_text" if name.startswith(PREFIX) else None))
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:1]
+        elsewhere = task and any(name in model_names(other) for other in (None, "image_text"))
+        what = f"no model{f' for {task}' if elsewhere else ''} is called {name!r}"
+        raise ModelError(f"{what}: did you mean {' or '.join(near)}?")
 
 
 def build(name: str, **model_args: Any) -> BaseModel:
     """A model with fresh weights from the current state of torch's generator."""
     check_name(name)
     given = {key: value for key, value in model_args.items() if key != "architecture" and value is not None}
-    builder = MODELS.get(name) or of_a_library(name)
+    builder: Callable[..., BaseModel]
+    if name in detection.names():
+        builder = detection.builder(name)
+    elif name.startswith(PREFIX):
+        builder = partial(CLIP, name)
+    elif "heads" in given:  # several tasks
+        builder = partial(MultiHead, name)
+    else:
+        builder = MODELS.get(name) or of_a_library(name)
     try:
         model = builder(**given)
     except TypeError as error:
         raise ModelError(f"{name} cannot be built with {sorted(given)}: {error}") from None
     model.name = name
-    if name in MODELS and not isinstance(builder, type):
+    if name in MODELS and not isinstance(builder, type) and "heads" not in given:
         model.model_args = given  # a function builds it: these are its arguments, not the constructor's
     return model
 
@@ -54,7 +76,10 @@ def of_a_library(name: str) -> Callable[..., BaseModel]:
 def input_size(name: str, image_size: int) -> int:
     """The side of the images that the model will be given: image_size, or more where it cannot take so little."""
     check_name(name)
-    if name in MODELS:
+    name = name.removeprefix(PREFIX)
+    if name in MODELS or name in detection.DETECTORS:
         return image_size
-    library = timm_models if name.startswith(timm_models.PREFIX) else torchvision_models
-    return library.input_size(name, image_size)
+    if name.startswith(timm_models.PREFIX):
+        return timm_models.input_size(name, image_size)
+    family = torchvision_detectors if name in detection.names() else torchvision_models
+    return family.input_size(name, image_size)

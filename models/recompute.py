@@ -8,7 +8,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from models.base_model import ModelError
 from models.blocks import blocks
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def recompute_blocks(model: nn.Module) -> None:
@@ -37,7 +39,7 @@ def recomputed(model: nn.Module) -> list[nn.Module]:
     return [module for module, forward in wrapped if getattr(forward, "func", None) is keeping_little]
 
 
-def computing_once(model: nn.Module) -> nn.Module:
+def computing_once(model: M) -> M:
     """A copy that keeps everything."""
     plain = copy.deepcopy(model)
     for block in recomputed(plain):

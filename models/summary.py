@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.base_model import BaseModel
 from models.recompute import computing_once, recomputed
 
 
-def summarize(model: nn.Module, channels: int, image_size: int, batch_size: int) -> str:
-    """One line. FLOPs (two a multiply-add) are of one image's forward pass; activations are what a training
-    step of batch_size keeps for its backward pass."""
+class Cost(NamedTuple):
+    flops: float  # of one image's forward pass, two a multiply-add
+    activation_bytes: int  # that a training step keeps for its backward pass
+    convolution_flops: float  # that part of flops
+
+
+def summarize(model: BaseModel, channels: int, image_size: int, batch_size: int, found: Cost | None = None) -> str:
+    """One line. found: what `cost` gave for the same, where it is known already."""
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    flops, activations = cost(model, channels, image_size, batch_size)
-    keeps = f"{megabytes(activations)} activations at {batch_size} images"
+    flops, activation_bytes, _ = found or cost(model, channels, image_size, batch_size)
+    keeps = f"{megabytes(activation_bytes)} activations at {batch_size} images"
     if blocks := recomputed(model):
-        all_of_them = cost(computing_once(model), channels, image_size, batch_size)[1]
+        all_of_them = cost(computing_once(model), channels, image_size, batch_size).activation_bytes
         keeps += f" instead of {megabytes(all_of_them)}, {len(blocks)} blocks being computed twice"
     return (
         f"{parameters:,} parameters"
@@ -35,12 +42,12 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def cost(model: nn.Module, channels: int, image_size: int, batch_size: int) -> tuple[float, int]:
-    """FLOPs of one image, and bytes kept for backward at batch_size, from a copy on the meta device."""
+def cost(model: BaseModel, channels: int, image_size: int, batch_size: int) -> Cost:
+    """What a training step of batch_size costs, from a copy on the meta device."""
     ghost = copy.deepcopy(model).to("meta").train()
     for block in recomputed(ghost):  # what it keeps is seen by nobody else
         block.register_forward_pre_hook(lambda _, inputs: tree_map_only(Tensor, note, inputs) and None)
-    images_BCHW = torch.zeros(batch_size, channels, image_size, image_size, device="meta")
+    inputs = ghost.example_inputs(batch_size, channels, image_size)
     own = {storage_of(tensor) for tensor in [*ghost.parameters(), *ghost.buffers()]}
     kept: dict[int, Tensor] = {}  # holds on to the tensors: an address is no other's while one lives
 
@@ -50,8 +57,10 @@ def cost(model: nn.Module, channels: int, image_size: int, batch_size: int) -> t
         return tensor
 
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        ghost(images_BCHW)
-    return counter.get_total_flops() / batch_size, sum(t.untyped_storage().nbytes() for t in kept.values())
+        ghost(*inputs)
+    convolution = counter.get_flop_counts()["Global"].get(torch.ops.aten.convolution, 0)
+    keeps = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return Cost(counter.get_total_flops() / batch_size, keeps, convolution / batch_size)
 
 
 def storage_of(tensor: Tensor) -> int:

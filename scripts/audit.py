@@ -24,9 +24,9 @@ def classes_found(data: Data, notes: list[str], note: Callable[[str], None]) -> 
     """How many samples there are, and of which class most and fewest; `note` takes what is worth a thought."""
     splits = [("train", data.train), ("val", data.val)]
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits if split is not None and split.counted)
-    text = f"{data.name}: {sizes or 'a stream of unknown length'}; {len(data.classes)} classes"
-    if not data.train.streamed:
-        counts_C = np.bincount(data.train.labels, minlength=len(data.classes))
+    text = f"{data.name}: {sizes or 'a stream of unknown length'}; {data.kind}"
+    if data.classes and not data.train.streamed:
+        counts_C = data.kind.counts(data.train.labels)
         few, many = int(counts_C.argmin()), int(counts_C.argmax())
         text += f", {counts_C[few]:,} ({data.classes[few]}) to {counts_C[many]:,} ({data.classes[many]})"
         if missing := [data.classes[label] for label in np.flatnonzero(counts_C == 0)]:

@@ -1,4 +1,5 @@
-"""Predict the classes of images: scripts/predict.py --weights runs/NAME IMAGE_OR_FOLDER ... [--output FILE]"""
+"""Predict the classes of images, or the boxes on them:
+scripts/predict.py --weights runs/NAME IMAGE_OR_FOLDER ... [--output FILE] [--draw FOLDER]"""
 
 from __future__ import annotations
 
@@ -17,6 +18,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("inputs", nargs="+", type=Path, help="images, or folders of them")
     parser.add_argument("--output", type=Path, default=Path("predictions.jsonl"), help=".jsonl or .csv")
     parser.add_argument("--batch_size", type=int, default=64, help="images computed at once")
+    parser.add_argument("--tta", action="store_true", help="mean of the probabilities over several views of each image")
+    parser.add_argument("--draw", type=Path, help="a folder for the pictures with the boxes that were found")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
     from scripts.report import fail
@@ -26,9 +29,11 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"--output {arguments.output}: the name must end with .jsonl or .csv")
         if arguments.batch_size < 1:
             raise ConfigError(f"--batch_size is {arguments.batch_size}: it must be at least 1")
-        from scripts.prediction import predict_files, write
+        from scripts.prediction import drawn, predict_files, write
 
-        rows = predict_files(arguments.weights, arguments.inputs, arguments.batch_size)
+        rows = predict_files(arguments.weights, arguments.inputs, arguments.batch_size, tta=arguments.tta)
+        if arguments.draw:
+            rows = drawn(rows, arguments.draw)
         written, failed = write(rows, arguments.output)
         print(
             f"{written} predictions written to {arguments.output}"

@@ -38,6 +38,7 @@ from trainer.sharding import part
 from trainer.windows import as_dict, samples_in
 
 COLUMNS = 80
+FOUND = ("task", "labels", "model", "monitor", "micro_batch_size")  # what follows from the data and the machine
 STEPS, STEPS_SECONDS = 4, 20.0  # the first step warms up; the others tell the speed
 OFF: dict[str, Any] = {
     "experiment_name": "check", "resume": "auto", "fresh": False, "check": False, "nonfinite": "stop",
@@ -57,7 +58,8 @@ def check(config: Config) -> int:
                 config = replace(config, micro_batch_size=known, auto_micro_batch=False)
             trial = replace(config, output_dir=str(folder), **OFF)
             trainer, data, notes = build_trainer(trial, timed)
-            config = replace(config, micro_batch_size=trainer.config.micro_batch_size, auto_micro_batch=False)
+            found = {name: getattr(trainer.config, name) for name in FOUND}
+            config = replace(config, **found, auto_micro_batch=False)
             trainer.state.epoch = epoch_of_the_largest_batch(trainer)
             if trainer.plain_model.frozen and config.freeze_epochs * trainer.steps_per_epoch < trainer.total_steps:
                 freezing.thaw(trainer)  # the whole model takes more time and memory than its head
@@ -220,7 +222,7 @@ def step_found(trainer: Any) -> tuple[str, float]:
 def evaluation_found(trainer: BaseTrainer) -> tuple[str, None]:
     if trainer.val_loader is None:
         return "there is no validation split: the training metrics decide what is best", None
-    monitor, begin = trainer.config.monitor, time.perf_counter()
+    monitor, begin = trainer.monitor, time.perf_counter()
     batches = list(islice(trainer.val_loader, 1))
     metrics = trainer.validate_epoch(batches)
     seconds, samples = time.perf_counter() - begin, samples_in(as_dict(batches[0]))

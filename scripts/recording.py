@@ -107,7 +107,7 @@ def recording(number: int, window_start: int, processes: int) -> Adapt:
             def validate_epoch(self, val_loader: Any) -> dict[str, float]:
                 if self.config.scheduler == "plateau":  # the one that listens to it
                     return super().validate_epoch(val_loader)
-                return {self.config.monitor: 0.0}
+                return {self.monitor: 0.0}
 
             def save_checkpoint(self, *, regular: bool = True) -> None:
                 if self.config.nonfinite == "rollback":  # there is something to go back to

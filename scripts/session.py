@@ -16,7 +16,7 @@ from data.dataset import Data
 from data.order import TrainOrder, even_parts
 from data.sequential import SequentialStream
 from data.stream import Stream
-from models.summary import summarize
+from models.summary import cost, summarize
 from scripts import preflight
 from scripts.report import leave
 from scripts.wiring import build_trainer, device_name, outline
@@ -69,11 +69,14 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
         length = ("" if config.max_steps else f"{config.epochs} epochs, ") + f"{trainer.total_steps:,} steps"
     accumulated = -(-trainer.batch_share // micro)
     model = outline(config, data) if trainer.sharded or config.sync_batch_norm else trainer.plain_model
+    at = data.info.channels, data.image_size, micro
+    found = cost(model, *at)
+    trainer.forward_flops = found.convolution_flops, found.flops - found.convolution_flops
     print(f"run       {trainer.run.path}")
-    print(f"model     {config.model}: {summarize(model, data.info.channels, data.image_size, micro)}")
+    print(f"model     {config.model}: {summarize(model, *at, found)}")
     for line in trainer.plain_model.origin:
         print(f"          {line}")
-    print(f"data      {data.name}: {sizes}; {len(data.classes)} classes")
+    print(f"data      {data.name}: {sizes}; {data.kind}")
     print(f"          {data.info.channels}x{data.image_size}x{data.image_size} pixels, augment {config.augment}")
     for line in sampling_lines(config, data):
         print(f"          {line}")
@@ -87,10 +90,16 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
         print(f"          {named}: the {at_once} images computed at once are part of the result")
     print(
         f"          {config.optimizer}, lr {peak_lr(config, trainer.batch_size):g}, {config.scheduler}"
-        + (f", ema {config.ema_decay:g}" if trainer.ema else "")
+        + (f", ema {config.ema_decay:g}" if config.ema_decay else "")
+        + (f", swa from epoch {config.swa_start_epoch + 1} on" if config.swa_start_epoch is not None else "")
         + (f", layer decay {config.layer_decay:g}" if config.layer_decay != 1 else "")
         + (f"; the head alone for {config.freeze_epochs} epoch(s)" if config.freeze_epochs else "")
     )
+    if config.teacher is not None:
+        print(
+            f"          taught by {config.teacher}: {config.distill_weight:g} of the loss at temperature "
+            f"{config.distill_temperature:g}"
+        )
     print(
         f"machine   {device_name(trainer.device)}, precision {accelerator.mixed_precision}, "
         f"{trainer.state.cpu_threads} thread(s)" + (", the model sharded by FSDP2" if trainer.sharded else "")
@@ -104,7 +113,8 @@ def made_of_what_is_computed_at_once(model: nn.Module) -> str:
     """What in the model makes its result depend on --micro_batch_size, though not on the number of processes."""
     batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
     dropout = any(isinstance(module, (_DropoutNd, StochasticDepth)) and module.p for module in model.modules())
-    return " and ".join(["BatchNorm"] * batch_norm + ["dropout"] * dropout)
+    loss = not getattr(model, "loss_is_mean_over_samples", True)
+    return " and ".join(["the loss"] * loss + ["BatchNorm"] * batch_norm + ["dropout"] * dropout)
 
 
 def left_out_each_epoch(train_loader: Any, batch_size: int) -> int:
@@ -122,7 +132,7 @@ def sampling_lines(config: Config, data: Data) -> list[str]:
     if isinstance(split.source, SequentialStream):
         return [f"streamed from the front: {config.shuffle_buffer:,} rows shuffled at a time"]
     lines = []
-    counts_C = np.bincount(split.labels, minlength=len(data.classes))
+    counts_C = data.kind.counts(split.labels)
     if config.sampling != "uniform":
         weights = repeats(split.labels, len(data.classes), config.sampling)
         seen_C = effective_counts(split.labels, weights, len(data.classes))

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
         from scripts.wiring import build_data, build_model, check_names
 
         check_names(config)
-        data, line = build_data(config)
+        config, data, lines = build_data(config)
         model = build_model(config, data)
         for name, part in model.named_modules():
             depth = name.count(".")
@@ -28,8 +28,7 @@ def main(argv: list[str]) -> int:
                 print(f"{'  ' * depth}{name:<{36 - 2 * depth}} {type(part).__name__:<24} {own:>12,}")
         batch = min(config.micro_batch_size, config.batch_size)
         print(f"{config.model}: {summarize(model, data.info.channels, data.image_size, batch)}")
-        if line:
-            print(line)
+        print(*lines, sep="\n", end="\n" if lines else "")
         return 0
     except Exception as error:
         return fail(error, debug=config.debug)

@@ -25,6 +25,11 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--weights", required=True, help="what to measure")
     parser.add_argument("--on", choices=("test", "val", "train"), default="test", help="the split (default: test)")
+    parser.add_argument("--tta", action="store_true", help="mean of the probabilities over several views of each image")
+    parser.add_argument(
+        "--prompts", nargs="+", default=[], help="zero-shot: texts with {} for a class: 'a photo of a {}'"
+    )
+    parser.add_argument("--class_names", nargs="+", default=[], help="words for the classes (default: their names)")
     arguments, flags = parser.parse_known_args(argv)
     run = run_of(Path(arguments.weights))
     config = parse([*(["--config", str(run / "config.yaml")] if run else []), *flags], prog="test.py")
@@ -34,10 +39,12 @@ def main(argv: list[str]) -> int:
         from scripts.measure import measure
 
         weights = run / "best" if run == Path(arguments.weights) and run else arguments.weights
-        metrics = measure(config, str(weights), arguments.on)
+        metrics = measure(
+            config, str(weights), arguments.on, arguments.prompts, arguments.class_names, tta=arguments.tta
+        )
         if metrics is not None:
             show(metrics, arguments.on)
-            record(metrics, arguments.on, Path(weights), run)
+            record(metrics, arguments.on, Path(weights), run, tta=arguments.tta)
         return 0
     except Exception as error:
         return fail(error, debug=config.debug)
@@ -54,7 +61,7 @@ def show(metrics: dict[str, float], split: str) -> None:
         print(f"{split} {name:<16} {value:,.4f}" if name != "samples" else f"{split} {name:<16} {value:,.0f}")
 
 
-def record(metrics: dict[str, float], split: str, weights: Path, run: Path | None) -> None:
+def record(metrics: dict[str, float], split: str, weights: Path, run: Path | None, *, tta: bool) -> None:
     """Each look is written down: in the run's metrics.jsonl, else beside the weights."""
     import json
 
@@ -65,6 +72,7 @@ def record(metrics: dict[str, float], split: str, weights: Path, run: Path | Non
     best = (RunFolder(run).read_status().get("best") or {}) if run else {}
     step = step_of(weights if weights.is_dir() else weights.parent) or best.get("step", 0)
     line = {"kind": "test", "split": split, "step": step, "weights": str(weights), "time": when, **metrics}
+    line |= {"tta": True} if tta else {}
     folder = run or (weights if weights.is_dir() else weights.parent if weights.exists() else Path())
     file = folder / ("metrics.jsonl" if run else "test_metrics.jsonl")
     with file.open("a") as lines:

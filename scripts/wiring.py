@@ -10,56 +10,107 @@ import torch
 from configs.errors import ConfigError
 from configs.options import Config, nearest
 from data.dataset import Data, load_data, with_cache
+from data.described import described
+from data.kinds import check_kind
+from data.labels import Labels
 from data.leakage import duplicates_between
 from data.loader import eval_loader, train_loader
 from data.order import Use, mix, seed_cpu
 from models import BaseModel, ModelError
-from models.load import load_weights_into
+from models.load import load, load_weights_into
 from models.model import build, check_name, input_size
 from models.pretrained import begin_from
 from models.recompute import recompute_blocks
+from models.views import MeanOfViews
 from trainer import micro_batch
 from trainer.base_trainer import BaseTrainer
+from trainer.contrastive_trainer import ContrastiveTrainer
+from trainer.detection_trainer import DetectionTrainer
 from trainer.device import make_accelerator
+from trainer.distillation import distilled
 from trainer.main_trainer import MainTrainer
+from trainer.multitask_trainer import MultiTaskTrainer
 
-# A task of your own: one line here, one file in trainer/.
-TRAINERS: dict[str, type[BaseTrainer]] = {"classification": MainTrainer}
+# A task of your own: one line here, one file in trainer/. The first whose labels the data have is the default.
+TRAINERS: dict[str, type[BaseTrainer]] = {
+    "classification": MainTrainer,
+    "detection": DetectionTrainer,
+    "image_text": ContrastiveTrainer,
+    "multitask": MultiTaskTrainer,
+}
+# options that need one class a sample
+OF_CLASSES = ("mixup", "cutmix", "label_smoothing", "sampling", "augment_rare", "teacher")
+OF_KINDS = {"class_weights": ("classes", "multi_label", "several"), "loss_weights": ("several",)}
 
 Adapt = Callable[[type[BaseTrainer]], type[BaseTrainer]]
 
 
 def check_names(config: Config) -> None:
     """Refuse a task or a model that does not exist before any data are opened."""
-    if config.task not in TRAINERS:
+    if config.task and config.task not in TRAINERS:
         raise ConfigError(f"--task {config.task} does not exist", fix=nearest(config.task, list(TRAINERS)))
+    if config.model:
+        check_model(config.model, config.task)
+
+
+def check_model(name: str, task: str | None) -> None:
     try:
-        check_name(config.model)
+        check_name(name, task)
     except ModelError as error:
-        raise ConfigError(f"--model {config.model}: {error}") from None
+        raise ConfigError(f"--model {name}: {error}") from None
 
 
-def build_data(config: Config, *, shown: bool = True) -> tuple[Data, list[str]]:
-    """The data at the size that the model can take, and lines about what a user should know of them."""
+def completed(config: Config, kind: Labels) -> Config:
+    """The config with what follows from the labels of the data: the task, its usual model, its metric."""
+    task = config.task or next(name for name, trainer in TRAINERS.items() if kind.name in trainer.kinds)
+    trainer = TRAINERS[task]
+    check_kind(kind, trainer.kinds, task)
+    plain = Config()
+    if kind.name != "classes" and (given := [n for n in OF_CLASSES if getattr(config, n) != getattr(plain, n)]):
+        raise ConfigError(f"--{given[0]} needs one class a sample, and the data have {kind.name}", fix="leave it out")
+    for name, kinds in OF_KINDS.items():
+        if getattr(config, name) != getattr(plain, name) and kind.name not in kinds:
+            raise ConfigError(f"--{name} is of no use where the data have {kind.name}", fix="leave it out")
+    if kind.name == "captions" and config.auto_micro_batch:
+        raise ConfigError("--auto_micro_batch cuts a batch that the contrastive loss needs whole", fix="leave it out")
+    if kind.name == "boxes" and config.cache != "none":
+        raise ConfigError("--cache keeps pictures at another size, whose boxes it does not know", fix="leave it out")
+    model = config.model or trainer.default_model
+    check_model(model, task)
+    return replace(
+        config,
+        task=task,
+        labels=kind.name,  # type: ignore[arg-type]
+        model=model,
+    )
+
+
+def build_data(config: Config, *, shown: bool = True) -> tuple[Config, Data, list[str]]:
+    """The config completed, the data at the size that the model can take, and lines that a user should know."""
     data = load_data(config)
+    config = completed(config, data.kind)
+    assert config.model is not None
     size, notes = input_size(config.model, data.image_size), []
     if size != data.image_size:
         notes.append(f"{config.model} takes no images of {data.image_size} px: they are resized to {size} px")
     if shown and data.val is not None:
         warning = duplicates_between(data.train, data.val).warning()
         notes += [warning] if warning else []
-    return with_cache(replace(data, image_size=size), config, shown=shown), notes
+    return config, with_cache(replace(data, image_size=size), config, shown=shown), notes
 
 
 def build_model(config: Config, data: Data) -> BaseModel:
     """A described model, its weights drawn from the seed or begun from --weights or --pretrained."""
+    config = completed(config, data.kind)
+    assert config.model is not None and config.task is not None
     seed_cpu(mix(config.seed, Use.WEIGHTS))
     model = build(
         config.model,
-        num_classes=len(data.classes),
+        **data.kind.model_args,
         in_channels=data.info.channels,
         image_size=data.image_size,
         dropout=config.dropout,
+        learnt_weights=config.loss_weights == ("learnt",) or None,
     )
     model.describe(
         task=config.task,
@@ -67,6 +118,8 @@ def build_model(config: Config, data: Data) -> BaseModel:
         image_size=data.image_size,
         mean=data.info.mean,
         std=data.info.std,
+        horizontal_flip=data.info.horizontal_flip,
+        labels=described(data.kind, None if data.train.streamed else data.train.labels, config.class_weights),
     )
     if config.weights:
         load_weights_into(model, config.weights)
@@ -82,20 +135,48 @@ def outline(config: Config, data: Data) -> BaseModel:
     return build_model(replace(config, weights=None, pretrained=None), data)
 
 
+def load_teacher(teacher: str, config: Config, data: Data) -> BaseModel:
+    """Raises ConfigError where it was trained for something else than these data."""
+    model = load(teacher)
+    channels = len(model.mean_C11)
+    if model.task != config.task:
+        raise ConfigError(f"--teacher {teacher} was trained for {model.task}, --task is {config.task}")
+    if model.classes != data.classes:
+        raise ConfigError(
+            f"--teacher {teacher} has the {len(model.classes)} classes {listed(model.classes)}, "
+            f"the data the {len(data.classes)} classes {listed(data.classes)}",
+            fix="give a teacher that was trained for the same classes, in the same order",
+        )
+    if channels != data.info.channels:
+        raise ConfigError(
+            f"--teacher {teacher} takes images of {channels} channel(s), the data have {data.info.channels}",
+            fix=f"--channels {channels}",
+        )
+    return model
+
+
+def listed(names: list[str]) -> str:
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+
+
 def build_trainer(config: Config, adapt: Adapt = lambda task: task) -> tuple[BaseTrainer, Data, list[str]]:
     """Everything a run needs, and lines to tell about it. adapt: makes of a task's trainer the one that is used."""
     check_names(config)
     accelerator = make_accelerator(config)
     config = replace(config, mixed_precision=accelerator.mixed_precision)
     with accelerator.main_process_first():  # one process prepares what the others then read
-        data, notes = build_data(config, shown=accelerator.is_main_process)
+        config, data, notes = build_data(config, shown=accelerator.is_main_process)
     model = build_model(config, data)
+    assert config.task is not None
+    task = TRAINERS[config.task]
+    if config.teacher is not None:
+        task = distilled(task, load_teacher(config.teacher, config, data).to(accelerator.device))
     if config.auto_micro_batch:
         images = data.info.channels, data.image_size, data.image_size
         found = micro_batch.found_or_recorded(config, model, images, accelerator)
         config = replace(config, micro_batch_size=found, auto_micro_batch=False)
     process, processes = accelerator.process_index, accelerator.num_processes
-    trainer = adapt(TRAINERS[config.task])(
+    trainer = adapt(task)(
         config,
         model,
         train_loader(config, data, process, processes),
@@ -103,6 +184,14 @@ def build_trainer(config: Config, adapt: Adapt = lambda task: task) -> tuple[Bas
         accelerator=accelerator,
     )
     return trainer, data, notes
+
+
+def look_at_views(trainer: BaseTrainer) -> None:
+    """--tta: from here on predictions are the mean over several views of each image."""
+    model = trainer.plain_model
+    if model.task != "classification":
+        raise ConfigError(f"--tta takes the mean of the probabilities of classes, and the model's task is {model.task}")
+    trainer.model = MeanOfViews(trainer.model, mirror=model.horizontal_flip)
 
 
 def device_name(device: torch.device) -> str:

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from trainer import checkpoint
@@ -39,6 +40,13 @@ FSDP = {
     "FSDP_ON_CPU": "1", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
 }  # fmt: skip
+
+
+NEEDS_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is at hand"),
+    pytest.mark.usefixtures("gpu_afresh"),
+]
 
 
 def exit_code_of(work: Callable[[], object]) -> int:
@@ -94,3 +102,17 @@ def image_folder(tmp_path: Path) -> Path:
 def same_threads() -> None:
     """Sums depend on the number of threads in their last bits."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def gpu_afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An Accelerator for each test, float32 that is no tf32, and afterwards all as it was."""
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(name, raising=False)
+    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.empty_cache()

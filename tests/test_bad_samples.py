@@ -18,6 +18,7 @@ from PIL import Image
 from configs.arguments import make_config
 from configs.errors import DataError
 from data.dataset import load_data
+from data.labels import ClassLabels
 from data.loader import eval_loader, train_loader
 from data.sources import Source, TensorSource
 from data.split import Split
@@ -38,7 +39,7 @@ def png(value: int) -> bytes:
 class Pictures:
     """Twelve pictures; the grey value of number i is 10 * i. The bad ones are no pictures."""
 
-    classes, channels, in_memory = ("a", "b"), 1, False
+    kind, channels, in_memory = ClassLabels(["a", "b"]), 1, False
 
     def __init__(self, bad: set[int]):
         self.bad, self.labels = bad, np.arange(SIZE) % 2
@@ -53,7 +54,7 @@ class Pictures:
 def loader(bad: set[int], process: int = 0, processes: int = 1, **options):
     config = make_config(**({"batch_size": 4, "num_workers": 0, "augment": "none"} | options))
     source: Source = Pictures(bad)  # type: ignore[assignment]
-    data = replace(load_data(make_config()), train=Split(source, np.arange(SIZE)), classes=["a", "b"])
+    data = replace(load_data(make_config()), train=Split(source, np.arange(SIZE)), kind=ClassLabels(["a", "b"]))
     return train_loader(config, data, process, processes)
 
 

@@ -25,6 +25,7 @@ from data import cache, cache_writer
 from data.cache import CachedPictures, CachedSquares, Where, cache_root, cached
 from data.decode import decode
 from data.geometry import whole
+from data.labels import ClassLabels
 from tests.conftest import ROOT
 
 
@@ -35,7 +36,7 @@ class Pictures:
     channels = 3
 
     def __init__(self, files: list[bytes], title: str = "photos", content: str = "1", wait_seconds: float = 0.0):
-        self.classes = ["a", "b"]
+        self.kind = ClassLabels(["a", "b"])
         self.files, self.title, self.content, self.wait_seconds = files, title, content, wait_seconds
         self.labels = np.arange(len(files)) % 2
         self.reads, self.origin = 0, title
@@ -118,7 +119,7 @@ def test_small_pictures_equal_those_decoded_directly_and_are_one_tensor():
     wanted = [decode(file, "", 3, lambda h, w: (whole(h, w), (16, 16))) for file in source.files]
     assert torch.equal(pictures.images_NCHW, torch.stack(wanted))
     assert torch.equal(pictures.read(3), wanted[3])
-    assert pictures.labels.tolist() == [0, 1, 0, 1, 0, 1] and pictures.classes == ["a", "b"]
+    assert pictures.labels.tolist() == [0, 1, 0, 1, 0, 1] and pictures.kind.classes == ["a", "b"]
 
 
 def test_large_pictures_keep_their_aspect_and_are_never_enlarged():

@@ -18,14 +18,15 @@ from tests.conftest import ROOT
 
 # Every flag is a promise to its users: a new one goes in here on purpose, and none leaves unnoticed.
 FLAGS = """
-augment augment_rare auto_micro_batch batch_size batch_size_schedule cache channels channels_last check compile
-cpu_threads cutmix data_files dataset debug decay_epochs decay_factor deterministic dropout dtype early_stopping
-ema_decay epochs expect_processes experiment_name find_unused_parameters freeze_epochs fresh grad_clip
-gradient_checkpointing group_column hub_model_id image_column image_size keep_best keep_last label_column
-label_smoothing layer_decay log_every lr lr_scale max_bad_fraction max_nonfinite max_steps micro_batch_size min_delta
-mix_datasets mix_off_epoch mix_weights mixed_precision mixup model momentum monitor monitor_mode nonfinite num_classes
-num_workers optimizer output_dir patience pretrained push_to_hub random_erasing resume sampling save_every_minutes
-save_every_steps scheduler seed shuffle_buffer split split_seed stop_after_steps streaming sync_batch_norm task
+augment augment_rare auto_micro_batch batch_size batch_size_schedule cache channels channels_last check class_weights
+compile cpu_threads cutmix data_files dataset debug decay_epochs decay_factor deterministic distill_temperature
+distill_weight dropout dtype early_stopping ema_decay epochs expect_processes experiment_name find_unused_parameters
+freeze_epochs fresh grad_clip gradient_checkpointing group_column hub_model_id image_column image_size keep_best
+keep_last label_column label_columns label_smoothing labels layer_decay log_every loss_weights lr lr_scale
+max_bad_fraction max_nonfinite max_steps micro_batch_size min_delta mix_datasets mix_off_epoch mix_weights
+mixed_precision mixup model momentum monitor monitor_mode nonfinite num_classes num_workers optimizer output_dir
+patience pretrained push_to_hub random_erasing resume sampling save_every_minutes save_every_steps scheduler seed
+shuffle_buffer split split_seed stop_after_steps streaming swa_lr swa_start_epoch sync_batch_norm task teacher
 test_data_dir trace_samples train_data_dir use_multigpu use_tensorboard use_wandb val_data_dir wandb_project
 warmup_steps weight_decay weights
 """.split()

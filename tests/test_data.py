@@ -20,6 +20,7 @@ from data.dataset import check_labels, load_data
 from data.decode import decode
 from data.embedded import load_digits
 from data.geometry import Box, Geometry, centre, random_box
+from data.labels import ClassLabels
 from data.loader import eval_loader, train_loader
 from data.order import Draw, Rows, mix_ids
 from data.sources import ArrowSource, bytes_of_cell
@@ -144,7 +145,9 @@ def test_a_label_out_of_range_is_named_before_the_first_step(tmp_path):
     pictures = [Image.new("L", (4, 4))] * 8
     table = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 0, 1, 0, 1, 0, -1]}, features=features)
     table.save_to_disk(tmp_path / "set")
-    with pytest.raises(DataError, match="label -1 at place 7 of the train split: the 2 classes are numbered 0 to 1"):
+    with pytest.raises(
+        DataError, match="place 7 of the train split: its label is missing, or none of the 2 training classes"
+    ):
         load_data(make_config(dataset=str(tmp_path / "set"), split=(1.0, 0.0, 0.0)))
 
 
@@ -166,7 +169,7 @@ def test_a_test_split_without_labels_can_be_trained_beside(tmp_path):
     config = make_config(dataset=str(tmp_path / "set"), split=(0.5, 0.5, 0))
     assert load_data(config).test is None
     data = load_data(config, test=True)
-    with pytest.raises(DataError, match="label -1"):
+    with pytest.raises(DataError, match="its label is missing"):
         check_labels(data.test, "test", data.name)
 
 
@@ -222,7 +225,7 @@ def test_small_pictures_are_shifted_as_far_as_padded_and_half_of_them_flipped():
 
 def test_small_pictures_in_memory_and_in_files_are_augmented_alike():
     digits = load_digits()
-    dataset = ImageDataset(digits, Transform(Geometry("whole", 8, padding=1, flip=True)), num_classes=10, channels=1)
+    dataset = ImageDataset(digits, Transform(Geometry("whole", 8, padding=1, flip=True)), digits.kind, 1)
     draw = Draw(np.arange(50), mix_ids(0, ids=np.arange(50)))
     rows = Rows([encoded(digits, place) for place in range(50)], digits.labels[:50])
     memory, files = (dataset.__getitems__(one)["images_BCHW"] for one in (draw, draw._replace(rows=rows)))
@@ -329,7 +332,7 @@ def test_image_cells_hold_bytes_or_a_path(tmp_path):
 def test_a_table_of_paths_has_another_fingerprint_once_a_file_has_changed(image_folder):
     paths = sorted(map(str, image_folder.rglob("*.png")))
     table = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
-    source = ArrowSource(table, "image", np.zeros(16, np.int64), "x", 1, ["a"])
+    source = ArrowSource(table, "image", np.zeros(16, np.int64), "x", 1, ClassLabels(["a"]))
     before, sizes = source.fingerprint(), source.sizes()
     assert sizes.tolist() == [Path(path).stat().st_size for path in paths]
     assert source.fingerprint() == before

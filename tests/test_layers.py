@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "trainer": {"configs", "data.order", "data.batch_sizes"},
     "scripts": {"configs", "data", "models", "trainer", "scripts"},
 }
-OPTIONAL = {"wandb", "tensorboard", "timm", "datasets"}
+OPTIONAL = {"wandb", "tensorboard", "timm", "datasets", "tokenizers", "torchmetrics"}
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -44,7 +44,15 @@ def test_the_layers_hold(layer: str):
 
 
 def test_models_need_torch_and_the_hub_alone():
-    allowed = {"torch", "torchvision", "safetensors", "huggingface_hub", "timm", "models"} | sys.stdlib_module_names
+    allowed = {
+        "torch",
+        "torchvision",
+        "safetensors",
+        "huggingface_hub",
+        "tokenizers",
+        "timm",
+        "models",
+    } | sys.stdlib_module_names
     for path in (ROOT / "models").glob("*.py"):
         assert {name.split(".")[0] for name in imported(ast.parse(path.read_text()))} <= allowed, path
 

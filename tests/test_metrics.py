@@ -12,7 +12,7 @@ def test_metrics_equal_scikit_learn():
     logits, labels = torch.randn(200, 12), torch.randint(0, 11, (200,))
     metrics = ClassificationMetrics(12, torch.device("cpu"))
     for place in range(0, 200, 32):
-        metrics.update(logits[place : place + 32], labels[place : place + 32])
+        metrics.update(logits[place : place + 32], {"labels": labels[place : place + 32]})
     found, predicted = metrics.compute(), logits.argmax(1)
     assert found["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
     assert found["f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))

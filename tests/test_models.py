@@ -169,14 +169,18 @@ def test_simple_cnn_computes_each_sample_alone():
 
 
 def test_cost_equals_a_count_by_hand():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(8 * 16, 5))
-    flops, kept = cost(model, 3, 4, 10)
-    assert flops == 2 * (8 * 3 * 9 * 16 + 8 * 16 * 5)
-    assert kept == 4 * 10 * (3 * 16 + 8 * 16)  # the inputs of both layers
+    class TwoLayers(nn.Sequential):
+        example_inputs = BaseModel.example_inputs
+
+    model = TwoLayers(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(8 * 16, 5))
+    found = cost(model, 3, 4, 10)
+    assert found.convolution_flops == 2 * 8 * 3 * 9 * 16
+    assert found.flops == found.convolution_flops + 2 * 8 * 16 * 5
+    assert found.activation_bytes == 4 * 10 * (3 * 16 + 8 * 16)  # the inputs of both layers
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", model_names())
+@pytest.mark.parametrize("name", model_names("classification"))
 def test_every_model_takes_one_and_three_channels_of_small_images(name):
     for channels in (1, 3):
         if name.startswith("regnet"):  # its constructor computes with numbers that the meta device has not

@@ -279,3 +279,20 @@ def test_a_capsule_names_the_samples_and_keys(tmp_path):
     assert capsule["ids"] == traced[capsule["step"] - 1]["ids"]
     assert len(set(capsule["keys"])) == 32
     assert f"at step {capsule['step']} (lr 1e+30, samples {capsule['ids'][0]}, {capsule['ids'][1]}, " in said
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_a_first_update_that_is_skipped_leaves_no_trace(tmp_path, optimizer):
+    """As fp16's first often is. Where algorithms are deterministic, torch fills what is uninitialised with NaN."""
+    options = {"nonfinite": "skip", "optimizer": optimizer, "lr": 0.01, "momentum": 0.9, "log_every": 10}
+    batches = tiny_batches([4] * 4)
+    batches[0][0][0] = math.nan
+    trainer = tiny_trainer(tmp_path, batches, experiment_name="x", deterministic=True, **(PLAIN | options))
+    trainer.nonfinite.looks_at_once = False
+    later = tiny_trainer(tmp_path, batches[1:], experiment_name="y", **(PLAIN | options))
+    try:
+        trainer.train()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    later.train()
+    torch.testing.assert_close(weights(trainer), weights(later), rtol=0, atol=1e-6)

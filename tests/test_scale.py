@@ -96,6 +96,15 @@ def test_sharded_weights_change_nothing(folder, batch_norm):
     assert names[0] == names[1]
 
 
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_mean_of_epochs_and_a_teacher_change_with_no_number_of_processes(folder, any_cut, sharded):
+    """Two epochs of 44 steps, and one that is cut off; BatchNorm's statistics of the mean are measured by all."""
+    averaged = "--max_steps 100 --ema_decay 0 --swa_start_epoch 0 --swa_lr 0.02".split()
+    flags = [*BATCH_NORM, *WHOLE, *averaged, "--teacher", str(any_cut), "--distill_weight", "0.7"]
+    one = folder / "taught" if (folder / "taught").exists() else train(folder, "taught", *flags)
+    check_alike(one, train(folder, f"taught_2_{sharded}", *flags, processes=2, sharded=sharded), 1e-9)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("model", ["swin_t", "vit_b_16", "convnext_tiny", "regnet_y_400mf"])
 def test_models_of_torchvision_are_sharded_block_by_block(folder, model):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import DataError
+from data.labels import ClassLabels
 from data.leakage import duplicates_between
 from data.order import Use, mix
 from data.sources import TensorSource
@@ -247,7 +248,7 @@ def test_pictures_of_unknown_size_are_not_read(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_streams_are_not_compared():
-    reader = SimpleNamespace(size=1, block_count=1, classes=["cat", "dog"])
+    reader = SimpleNamespace(size=1, block_count=1, kind=ClassLabels(["cat", "dog"]))
     stream = Split(Stream(reader, open_blocks=1, channels=3), np.arange(1))
     train = Files("train", (b"aaaa", 0))
     for one, two in ((whole(train), stream), (stream, whole(train))):
@@ -265,7 +266,7 @@ def test_copies_among_tensors_are_found_by_shape_and_pixels():
     found = duplicates_between(Split(source, np.arange(40)), Split(source, np.arange(40, 50)))
     assert (found.pairs, found.other_label) == ([(7, 41), (3, 45)], 0)
     strided = pixels.to(memory_format=torch.channels_last)
-    found = duplicates_between(whole(source), whole(TensorSource(strided, source.labels, source.classes)))
+    found = duplicates_between(whole(source), whole(TensorSource(strided, source.labels, source.kind)))
     assert found.pairs == [({41: 7, 45: 3}.get(place, place), place) for place in range(50)]
-    turned = TensorSource(pixels.reshape(50, 3, 6, 4), source.labels, source.classes)
+    turned = TensorSource(pixels.reshape(50, 3, 6, 4), source.labels, source.kind)
     assert duplicates_between(whole(source), whole(turned)).pairs == []

@@ -30,6 +30,7 @@ from configs.arguments import make_config
 from configs.errors import ConfigError, DataError
 from data.dataset import load_data
 from data.embedded import load_digits
+from data.labels import ClassLabels
 from data.loader import eval_loader, train_loader
 from data.retry import patiently
 from data.sequential import Part, SequentialEvalOrder, SequentialStream, SequentialTrainOrder
@@ -209,7 +210,7 @@ def tar_files(tmp_path_factory) -> list[str]:
 
 def sequential(tar_files: list[str]) -> SequentialStream:
     table = datasets.load_dataset("webdataset", data_files=tar_files, streaming=True)["train"]
-    return SequentialStream(table, "png", "cls", ["0", "1", "2"], "tars", remote=False)
+    return SequentialStream(table, "png", ClassLabels(["0", "1", "2"], ("cls",)), "tars", remote=False)
 
 
 @settings(max_examples=15, deadline=None)

@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -22,16 +23,15 @@ from configs.errors import ConfigError, DataError, Diverged, UserError
 from configs.options import Config
 from data.batch_sizes import BatchSizes, check_shares
 from data.order import Use, mix, seed_device
-from trainer import checkpoint, freezing, reporting, run_folder, saving, sharding, signals, starting
+from trainer import checkpoint, freezing, reporting, run_folder, saving, sharding, signals, starting, swa
 from trainer.bad_samples import BadSamples, ReportingLoader
 from trainer.batch_statistics import BatchStatistics
 from trainer.device import ddp_options, make_accelerator, moved_ahead, with_synced_norms
-from trainer.ema import WeightAverage
 from trainer.losses import Criterion, Losses, Weights, loss_names, total
 from trainer.metrics import CURE, Meter
 from trainer.monitor import check_monitor, higher_is_better
 from trainer.nonfinite import NonFinite
-from trainer.optim import build_optimizers, clip_gradients, lr_factor, peak_lr
+from trainer.optim import build_optimizers, clip_gradients, lr_factor, peak_lr, swa_lr
 from trainer.processes import Processes
 from trainer.progress import Clock, EpochBar, Table
 from trainer.state import TrainState
@@ -42,9 +42,14 @@ from trainer.windows import NO_WINDOW, Batch, EpochLengths, PositionedLoader, Wi
 class BaseTrainer(ABC):
     """Trains a model as a config says. A task writes the five abstract methods, or inherits MainTrainer's.
 
+    kinds: what its labels may be, names of data/kinds.py. default_model, default_monitor: where the config names none.
     model: a models.BaseModel. Loaders: any iterable of batches; a batch is a dict (images_BCHW, labels, ...) or
     an (images, labels) pair.
     """
+
+    kinds: tuple[str, ...] = ("classes",)
+    default_model = "simple_cnn"
+    default_monitor = "accuracy"
 
     def __init__(
         self,
@@ -56,6 +61,8 @@ class BaseTrainer(ABC):
         accelerator: Accelerator | None = None,
     ):
         self.accelerator = accelerator or make_accelerator(config)
+        self.monitor = config.monitor or self.usual_monitor(model)
+        config = replace(config, monitor=self.monitor)
         self.config, self.train_loader, self.val_loader = config, train_loader, val_loader
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
@@ -88,7 +95,7 @@ class BaseTrainer(ABC):
         if config.compile:
             self.plain_model.compile()  # in place: names in the state dict stay as they are
         self.parameters = [p for p in self.plain_model.parameters() if p.requires_grad]
-        self.ema = WeightAverage(self.plain_model, config.ema_decay) if config.ema_decay else None
+        self.ema = swa.averaged_weights(config, self.plain_model, self.state)  # moving, or of epochs
         self.scaler = self.accelerator.scaler
 
         self.loss_weights: Weights = None  # get_criterion may set them
@@ -102,13 +109,14 @@ class BaseTrainer(ABC):
         self.lr = 0.0
         self.grad_norm: Tensor | None = None
         self.clock = Clock()
+        self.forward_flops: tuple[float, float] | None = None  # of one sample, see trainer/mfu.py; a script sets it
         self.session_steps = 0
         self.epoch_lengths = EpochLengths(train_loader, self.batch_sizes, self.processes.number, config.max_steps)
         self.total_steps = config.max_steps or self.epoch_lengths.total(config.epochs)
         self.exhausted = False  # the loader has given all of its epoch
         starting.check_lengths(self)
         self.trackers: list[Tracker] = []
-        self.table = Table(config.monitor, shown=self.is_main)
+        self.table = Table(self.monitor, shown=self.is_main)
 
     # ---- what a task writes -------------------------------------------------------------------------------
 
@@ -132,6 +140,10 @@ class BaseTrainer(ABC):
     def inference(self, inputs: Tensor) -> Any:
         """Predictions for a batch of inputs."""
 
+    def as_rows(self, predictions: Any) -> list[dict[str, Any]]:
+        """What scripts/predict.py writes of each sample of `inference`'s predictions."""
+        raise UserError(f"{type(self).__name__} does not tell how its predictions are written", fix="write as_rows")
+
     def count(self, batch: Batch) -> Any:
         """What a mean loss is a mean over: samples. Masked or weighted losses count something else."""
         return 0 if "valid" in batch else samples_in(batch)
@@ -143,6 +155,11 @@ class BaseTrainer(ABC):
     def hits(self, *kept: Any) -> dict[str, Tensor]:
         """Training metrics of many steps at once: bool [N] by name."""
         return {}
+
+    @classmethod
+    def usual_monitor(cls, model: Any) -> str:
+        """What decides where --monitor does not."""
+        return cls.default_monitor
 
     def val_metric_names(self) -> list[str]:
         """The keys that `validate_epoch` will return, for --monitor."""
@@ -197,8 +214,10 @@ class BaseTrainer(ABC):
             while not self.finished:
                 freezing.thaw_when_due(self)
                 results = {"train": self.train_epoch(self.train_loader)}
+                self.clock.stop()
                 if self.stop_is_due() and not self.epoch_is_complete():
                     return "preempted", "stop_after_steps"
+                swa.average_epoch(self)
                 if self.val_loader is not None:
                     results["val"] = self.validate_epoch(self.val_loader)
                     self.bad_samples.collect("val", self.val_loader, self.state.step)
@@ -239,9 +258,9 @@ class BaseTrainer(ABC):
         """After an evaluation: write it down, decide what is best, and save."""
         state, config = self.state, self.config
         judged = results.get("val", results["train"])
-        if config.monitor not in judged:
-            raise ConfigError(f"--monitor {config.monitor} is none of {', '.join(judged)}")
-        value, higher = judged[config.monitor], higher_is_better(config)
+        if self.monitor not in judged:
+            raise ConfigError(f"--monitor {self.monitor} is none of {', '.join(judged)}")
+        value, higher = judged[self.monitor], higher_is_better(config)
         place = {"step": state.step, "epoch": state.epoch}
         is_best = state.monitor.update(value, higher=higher, min_delta=config.min_delta, **place)
         if config.scheduler == "plateau":
@@ -281,7 +300,10 @@ class BaseTrainer(ABC):
 
     def where_it_is(self) -> str:
         """The step, and the samples of this process that are computed on, for the words of an error."""
-        ids = [id for batch in self.window.batches for id in batch.get("ids", torch.empty(0)).tolist()]
+        try:
+            ids = [id for batch in self.window.batches for id in batch.get("ids", torch.empty(0)).tolist()]
+        except RuntimeError:  # the device itself has failed, and gives nothing back
+            ids = []
         samples = f", samples {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}" if ids else ""
         return f"after step {self.state.step} of the run{samples}"
 
@@ -297,7 +319,7 @@ class BaseTrainer(ABC):
         """Step, epoch and the best evaluation so far."""
         best = self.state.monitor
         found = {
-            "metric": self.config.monitor,
+            "metric": self.monitor,
             "value": best.best,
             "step": best.best_step,
             "epoch": best.best_epoch,
@@ -342,7 +364,9 @@ class BaseTrainer(ABC):
             return mine
         if isinstance(loader, PositionedLoader) and type(self).count is BaseTrainer.count:
             return self.batch_size
-        return self.reduce(torch.as_tensor(mine, dtype=torch.float32, device=self.device))
+        if isinstance(mine, Tensor):
+            return self.reduce(mine.to(self.device, torch.float32))
+        return self.reduce(torch.full((), mine, dtype=torch.float32, device=self.device))  # a copy would wait
 
     def micro_batches(self, window: Window) -> Iterator[Batch]:
         """Each micro-batch on the device, with the generators seeded by its place, ready for `optimize`."""
@@ -387,7 +411,7 @@ class BaseTrainer(ABC):
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
         self.grad_norm = clip_gradients(self.parameters, config.grad_clip)
-        self.lr = peak_lr(config, self.batch_size) * self.lr_factor()
+        self.lr = swa_lr(config, self.batch_size, state.epoch) or peak_lr(config, self.batch_size) * self.lr_factor()
         if self.nonfinite.allows_update(self.grad_norm):
             # the optimizers themselves: Accelerate's wrappers look for an optional package at every step, 139 us
             for optimizer in self.optimizers:

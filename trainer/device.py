@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from configs.errors import ConfigError
@@ -90,7 +91,7 @@ def moved_ahead(
     if device.type != "cuda":
         yield from map(move, items)
         return
-    copies = torch.cuda.Stream(device)
+    copies = copy_stream(device)
     waiting: tuple[dict[str, Any], torch.cuda.Event] | None = None
     for item in items:
         with torch.cuda.stream(copies):
@@ -101,6 +102,19 @@ def moved_ahead(
         waiting = following
     if waiting is not None:
         yield arrived(*waiting)
+
+
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all epochs: the allocator keeps what was freed for the stream that it was used on."""
+    return torch.cuda.Stream(device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device. From memory that is not pinned a copy waits for all that is computed there."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def arrived(batch: dict[str, Any], copied: torch.cuda.Event) -> dict[str, Any]:

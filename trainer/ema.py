@@ -1,7 +1,8 @@
-"""Exponential moving average of the weights (Polyak & Juditsky 1992), used wherever a model is judged or kept."""
+"""Averages of the weights, used wherever a model is judged or kept: here the moving one, in swa.py that of epochs."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,14 +13,10 @@ from torch.distributed.fsdp import FSDPModule
 from trainer.sharding import distributed, part, whole
 
 
-class WeightAverage:
-    """Averages of parameters and floating-point buffers; whole-number buffers are copied.
+class AveragedWeights(ABC):
+    """Averages of parameters and floating-point buffers; whole-number buffers are copied."""
 
-    The decay grows as (1 + step) / (10 + step) up to its value, so that the random start is soon forgotten.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
+    def __init__(self, model: nn.Module):
         tensors = model.state_dict(keep_vars=True)
         self.copied = {name: t.detach() for name, t in tensors.items() if not t.is_floating_point()}
         self.tensors = {name: t.detach() for name, t in tensors.items() if t.is_floating_point()}
@@ -29,11 +26,14 @@ class WeightAverage:
         self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._live, self._average = list(live.values()), list(average.values())
 
-    @torch.no_grad()
+    @abstractmethod
     def update(self, step: int) -> None:
-        """Move towards the weights after update number `step`."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._average, self._live, 1 - decay)
+        """Called after update number `step`."""
+
+    @torch.no_grad()
+    def move(self, share: float) -> None:
+        """Go this share of the way towards the weights of now."""
+        torch._foreach_lerp_(self._average, self._live, share)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -66,3 +66,17 @@ class WeightAverage:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, tensor in self.average.items():
             tensor.copy_(part(distributed(state[name], self.tensors[name])))
+
+
+class WeightAverage(AveragedWeights):
+    """Exponential moving average (Polyak & Juditsky 1992), moved at every step.
+
+    The decay grows as (1 + step) / (10 + step) up to its value, so that the random start is soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model)
+        self.decay = decay
+
+    def update(self, step: int) -> None:
+        self.move(1 - min(self.decay, (1 + step) / (10 + step)))

@@ -1,27 +1,44 @@
-"""MainTrainer: the standard loop, and image classification. Other tasks override get_criterion and forward_pass."""
+"""MainTrainer: the standard loop, and image classification: one class, several, or a number (trainer/targets.py).
+
+Other tasks override get_criterion and forward_pass."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.base_trainer import BaseTrainer
 from trainer.device import moved_ahead
 from trainer.losses import Criterion, Losses, combine
-from trainer.metrics import ClassificationMetrics, Meter, Sums, means
+from trainer.metrics import Meter, Metrics, Sums, means
 from trainer.mixing import mix_pairs
 from trainer.progress import Clock, EpochBar
+from trainer.targets import TARGETS, Target, target_of
 from trainer.windows import Batch
 
 
 class MainTrainer(BaseTrainer):
     """Classification: batches of images_BCHW and labels [B], a model that returns logits [B, classes]."""
 
+    kinds: tuple[str, ...] = ("classes", "multi_label", "numbers")
+
+    @classmethod
+    def usual_monitor(cls, model: Any) -> str:
+        kind = getattr(model, "labels", {}).get("kind", "classes")
+        return TARGETS[kind].monitor if kind in TARGETS and kind != "classes" else cls.default_monitor
+
+    @cached_property
+    def target(self) -> Target:
+        """What the outputs are compared with."""
+        model = self.plain_model
+        return target_of(model.labels, model.classes, self.device, label_smoothing=self.config.label_smoothing)
+
     def get_criterion(self) -> Criterion:
-        return nn.CrossEntropyLoss(label_smoothing=self.config.label_smoothing)
+        return self.target.criterion()
 
     def forward_pass(self, batch: Batch) -> tuple[Losses, Any]:
         images_BCHW, targets = self.mixed(batch)
@@ -53,33 +70,36 @@ class MainTrainer(BaseTrainer):
             for batch in moved_ahead(self.polled(val_loader), self.device, self.on_device):
                 losses, predictions = self.forward_pass(batch)
                 count = self.count(batch)
-                meter.add(losses, count, (), self.state.step)
+                if losses is not None:
+                    meter.add(losses, count, (), self.state.step)
                 if count:  # a stand-in batch keeps processes in step and counts for nothing
-                    metrics.update(predictions, batch["labels"])
+                    metrics.update(predictions, batch)
         meter.read(sums)
-        return means(sums) | metrics.compute(self.reduce)
+        return means(sums) | metrics.compute(self.processes)
 
     @torch.no_grad()
-    def inference(self, inputs: Tensor) -> Tensor:
-        """Class probabilities [B, classes] of images [B, C, H, W], uint8 or floats in 0..1."""
+    def inference(self, inputs: Tensor) -> Any:
+        """Of images [B, C, H, W], uint8 or floats in 0..1: class probabilities [B, classes], or numbers [B]."""
         self.model.eval()
         with self.averaged():
-            return self.model(inputs.to(self.device)).softmax(1)
+            return self.target.predicted(self.model(inputs.to(self.device)))
 
-    def new_metrics(self) -> ClassificationMetrics:
+    def as_rows(self, predictions: Any) -> list[dict[str, Any]]:
+        return self.target.rows(predictions)
+
+    def new_metrics(self) -> Metrics:
         """What an evaluation counts, besides the losses."""
-        return ClassificationMetrics(len(self.plain_model.classes), self.device)
+        return self.target.new_metrics()
 
     def kept(self, predictions: Any, batch: Batch) -> tuple[Tensor, ...]:
         return predictions.detach(), batch["labels"]
 
     def hits(self, *kept: Any) -> dict[str, Tensor]:
         """Which samples were right; under MixUp the label is the sample's own."""
-        logits_NC, labels_N = kept
-        return {"accuracy": logits_NC.argmax(1) == labels_N}
+        return self.target.hits(*kept)
 
     def val_metric_names(self) -> list[str]:
-        return ["loss", *ClassificationMetrics.names(len(self.plain_model.classes))]
+        return ["loss", *self.target.metric_names()]
 
     def mixed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Images and labels, or in training mixed images and soft targets."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from configs.errors import Diverged
 from trainer.losses import Losses
+from trainer.processes import Processes
+from trainer.windows import Batch
 
 Sums = dict[str, list[float]]  # name -> [sum over samples, samples]
 CURE = (
@@ -123,6 +125,16 @@ class Meter:
                     )
 
 
+class Metrics(Protocol):
+    """What an evaluation finds, over every sample once."""
+
+    def update(self, predictions: Any, batch: Batch) -> None:
+        """Take in what `forward_pass` predicted for a batch."""
+
+    def compute(self, processes: Processes | None = None) -> dict[str, float]:
+        """The metrics over all processes, the same on each."""
+
+
 class ClassificationMetrics:
     """accuracy, top5_accuracy (more than 5 classes) and macro f1 from counts per class, over every sample once."""
 
@@ -134,15 +146,23 @@ class ClassificationMetrics:
     def names(num_classes: int) -> tuple[str, ...]:
         return ("accuracy", "top5_accuracy", "f1") if num_classes > 5 else ("accuracy", "f1")
 
-    def update(self, logits_BC: Tensor, labels_B: Tensor) -> None:
+    def update(self, predictions: Tensor, batch: Batch) -> None:
+        """predictions: logits [B, C]. Waits for nothing: a mask or bincount would have to know how many there are."""
+        logits_BC = predictions
+        labels_B: Tensor = batch["labels"]
         predicted_B = logits_BC.argmax(1)
         top5_B = (logits_BC.topk(min(5, self.num_classes), dim=1).indices == labels_B[:, None]).any(1)
-        for row, classes in enumerate((labels_B[predicted_B == labels_B], labels_B[top5_B], predicted_B, labels_B)):
-            self.counts[row] += torch.bincount(classes, minlength=self.num_classes)
+        every_B = torch.ones_like(labels_B)
+        for row, (classes_B, counted_B) in enumerate(
+            ((labels_B, predicted_B == labels_B), (labels_B, top5_B), (predicted_B, every_B), (labels_B, every_B))
+        ):
+            self.counts[row].index_add_(0, classes_B, counted_B.to(self.counts.dtype))
 
-    def compute(self, reduce: Reduce | None = None) -> dict[str, float]:
+    def compute(self, processes: Processes | None = None) -> dict[str, float]:
         """Classes that neither occur nor are predicted do not count in f1, as in scikit-learn."""
-        counts = self.counts if reduce is None else reduce(self.counts)
+        counts = self.counts if processes is None or processes.reduce is None else processes.reduce(self.counts)
+        if not counts[3].any():  # no sample has a label
+            return {}
         hits, top5, predicted, true = counts.cpu().double()
         seen = (predicted + true) > 0
         f1 = (2 * hits / (predicted + true).clamp(min=1))[seen]

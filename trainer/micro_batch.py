@@ -73,7 +73,8 @@ def fits(config: Config, model: nn.Module, images: tuple[int, int, int], size: i
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        copies = (config.ema_decay > 0) + (accelerator.num_processes > 1)  # averages; DDP's buckets
+        averaged = config.ema_decay > 0 or config.swa_start_epoch is not None
+        copies = averaged + (accelerator.num_processes > 1)  # averages; DDP's buckets
         kept += [torch.empty_like(weight) for weight in weights for _ in range(copies)]
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
@@ -88,8 +89,9 @@ def fits(config: Config, model: nn.Module, images: tuple[int, int, int], size: i
         if device.type != "cuda":
             return True
         free, total = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
-        return free >= SPARE * total
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction())
+        left = min(free + torch.cuda.memory_reserved(device), allowed) - torch.cuda.max_memory_allocated(device)
+        return left >= SPARE * allowed
     except RuntimeError as error:  # cuBLAS and cuDNN have words of their own
         if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in TOO_MUCH):
             return False

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data.order import Use, mix
+from trainer.device import sent
 
 
 def mix_pairs(
@@ -37,7 +38,7 @@ def mix_pairs(
     share_P, box_P4 = draw(
         pairs, images_BCHW.shape[-2:], mixup, cutmix, mix(seed, Use.MIXING, step), offset, batch_size
     )
-    share_P, box_P4 = share_P.to(images_BCHW.device), box_P4.to(images_BCHW.device)
+    share_P, box_P4 = sent(share_P, images_BCHW.device), sent(box_P4, images_BCHW.device)
     kept_B1HW = (
         kept_shares(share_P, box_P4, images_BCHW.shape[-2:]).repeat_interleave(2, 0)[:, None].to(images_BCHW.dtype)
     )

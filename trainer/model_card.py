@@ -14,6 +14,9 @@ def model_card(config: Config, described: dict[str, Any], metrics: dict[str, flo
     data = config.train_data_dir or config.dataset
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
     options = to_yaml(config, without=NOT_SAVED)
+    classes = described["classes"]
+    of_classes = f" of {len(classes)} classes" if classes else ""
+    returns = ", returns logits" if classes else ""
     return f"""---
 library_name: pytorch
 license: other
@@ -25,7 +28,7 @@ tags:
 
 # {described["model"]}
 
-Trained for {described["task"]} of {len(described["classes"])} classes on `{data}`, images of {size}x{size} pixels.
+Trained for {described["task"]}{of_classes} on `{data}`, images of {size}x{size} pixels.
 
 {part} metrics after {step} steps:
 
@@ -36,7 +39,7 @@ Trained for {described["task"]} of {len(described["classes"])} classes on `{data
 ```python
 import models
 
-model = models.load("path/or/hub-id")  # takes uint8 images [B, C, {size}, {size}], returns logits
+model = models.load("path/or/hub-id")  # takes uint8 images [B, C, {size}, {size}]{returns}
 ```
 
 The config of the run (`scripts/train.py --config`):

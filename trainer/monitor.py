@@ -12,28 +12,40 @@ HIGHER_IS_BETTER = {
     "top5_accuracy": True,
     "f1": True,
     "map": True,
+    "r2": True,
+    "mae": False,
+    "rmse": False,
     "map50": True,
+    "map75": True,
     "recall_at_1": True,
+    "recall_at_5": True,
+    "recall_at_10": True,
+    "image_to_text_recall_at_1": True,
+    "image_to_text_recall_at_5": True,
+    "image_to_text_recall_at_10": True,
     "loss": False,
 }
 
 
 def higher_is_better(config: Config) -> bool:
     """From --monitor_mode, else from the table; parts of a loss (loss/<name>) are better when lower."""
+    assert config.monitor is not None, "a trainer has set it"
     if config.monitor_mode:
         return config.monitor_mode == "max"
     if config.monitor.startswith("loss/"):
         return False
-    if config.monitor not in HIGHER_IS_BETTER:
+    metric = config.monitor.rpartition("/")[2]  # of one of several tasks, as in digit/accuracy
+    if metric not in HIGHER_IS_BETTER:
         raise ConfigError(
             f"--monitor {config.monitor}: is less or more of it better?",
             fix=f"add --monitor_mode min or max; or {nearest(config.monitor, list(HIGHER_IS_BETTER))}",
         )
-    return HIGHER_IS_BETTER[config.monitor]
+    return HIGHER_IS_BETTER[metric]
 
 
 def check_monitor(config: Config, val_names: list[str]) -> None:
     """Refuse a metric that no validation will give, before the first step."""
+    assert config.monitor is not None, "a trainer has set it"
     if config.monitor not in val_names:
         raise ConfigError(f"--monitor {config.monitor} is no validation metric", fix=nearest(config.monitor, val_names))
     higher_is_better(config)

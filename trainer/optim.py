@@ -19,8 +19,19 @@ LR_BATCH_SIZE = 256  # what --lr is for with --lr_scale, as in Goyal et al. 2017
 
 def peak_lr(config: Config, batch_size: int) -> float:
     """The peak learning rate of a global batch size."""
+    return scaled(config.lr, config, batch_size)
+
+
+def swa_lr(config: Config, batch_size: int, epoch: int) -> float | None:
+    """The constant learning rate of SWA's epochs; None in any other."""
+    if config.swa_lr is None or config.swa_start_epoch is None or epoch < config.swa_start_epoch:
+        return None
+    return scaled(config.swa_lr, config, batch_size)
+
+
+def scaled(lr: float, config: Config, batch_size: int) -> float:
     power = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[config.lr_scale]
-    return config.lr * (batch_size / LR_BATCH_SIZE) ** power
+    return lr * (batch_size / LR_BATCH_SIZE) ** power
 
 
 def build_optimizers(model: nn.Module, config: Config, *, sharded: bool = False) -> list[torch.optim.Optimizer]:
@@ -33,7 +44,11 @@ def build_optimizers(model: nn.Module, config: Config, *, sharded: bool = False)
     levels = rate_levels(model, config)
     if config.optimizer == "sgd":
         nesterov, fused = config.momentum > 0, {} if sharded else fused  # torch has no fused one for parts
-        return [torch.optim.SGD(groups(parameters, config, levels), lr, config.momentum, nesterov=nesterov, **fused)]
+        sgd = torch.optim.SGD(groups(parameters, config, levels), lr, config.momentum, nesterov=nesterov, **fused)
+        if fused and config.momentum:  # torch leaves them as the memory was where the first update is not finite
+            for parameter in parameters:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return [sgd]
     if config.optimizer == "adam":
         return [torch.optim.Adam(groups(parameters, config, levels), lr, **fused)]
     if config.optimizer == "adamw":

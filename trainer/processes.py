@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
 
 from configs.errors import UserError
 
@@ -40,6 +41,15 @@ class Processes:
         if told is not None:
             raise error or told
         return result
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Rows [N, ...] of all processes, one process after the other, however many each has."""
+        if self.number == 1:
+            return rows
+        counts = self.accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+        padding = rows.new_zeros((max(counts) - len(rows), *rows.shape[1:]))
+        parts = self.accelerator.gather(torch.cat([rows, padding])).split(max(counts)) if max(counts) else [rows]
+        return torch.cat([part[:count] for part, count in zip(parts, counts)])
 
     def gather_lines(self, lines: list[Any]) -> list[Any]:
         """Those of all processes; as a rule there are none, and one number is all that is exchanged."""

@@ -13,10 +13,11 @@ PLAIN_LINE_SECONDS = 30.0
 
 
 class Clock:
-    """Seconds spent in an epoch, and those of them spent waiting for data."""
+    """Seconds spent in training an epoch, and those of them spent waiting for data."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
+        self.end: float | None = None
         self.wait_seconds = 0.0
         self.samples = 0
 
@@ -33,8 +34,13 @@ class Clock:
                 self.wait_seconds += time.perf_counter() - asked
             yield batch
 
+    def stop(self) -> None:
+        """What follows, as an evaluation, is no part of it."""
+        self.end = time.perf_counter()
+
     def speed(self) -> dict[str, float]:
-        seconds = max(1e-9, time.perf_counter() - self.start)
+        end = time.perf_counter() if self.end is None else self.end
+        seconds = max(1e-9, end - self.start)
         return {"samples_per_second": self.samples / seconds, "data_wait_share": self.wait_seconds / seconds}
 
 
@@ -77,7 +83,7 @@ class Table:
         if not self.shown:
             return
         if not self.begun:
-            print(self.HEAD.format(self.monitor[:5]))
+            print(self.HEAD.format(self.monitor.rpartition("/")[2][:5]))
             self.begun = True
         train, val = results["train"], results.get("val", {})
         cells = [train.get("loss"), train.get(self.monitor), val.get("loss"), val.get(self.monitor)]

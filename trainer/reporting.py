@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from configs.errors import ConfigError
+from trainer import mfu
 from trainer.metrics import means
 from trainer.progress import EpochBar
 
@@ -30,16 +31,29 @@ def log_step(trainer: BaseTrainer, bar: EpochBar) -> None:
 
 
 def log_speed(trainer: BaseTrainer) -> None:
-    """Since the epoch began: samples a second, the share of time that data and saves were waited for."""
+    """Of the epoch's training: samples a second, the share of time that data and saves were waited for, and how much
+    of what the devices can compute was made use of."""
     values = trainer.clock.speed() | {"save_stall_seconds": trainer.saver.stall_seconds}
     trainer.saver.stall_seconds = 0.0
     if trainer.device.type == "cuda":
         values["peak_memory_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
+    if (used := utilization(trainer, values["samples_per_second"])) is not None:
+        values["mfu"] = used
     trainer.run.log("speed", {"step": trainer.state.step, "epoch": trainer.state.epoch, **values})
     track(trainer, {f"speed/{name}": value for name, value in values.items()})
 
 
-def track(trainer: BaseTrainer, values: dict[str, float]) -> None:
+def utilization(trainer: BaseTrainer, samples_per_second: float) -> float | None:
+    """None where the devices' peak or the model's FLOPs are not known."""
+    device, flops = trainer.device, trainer.forward_flops
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    found = mfu.peaks(name, mfu.precisions(trainer.accelerator.mixed_precision, trainer.config.dtype))
+    if found is None or flops is None:
+        return None
+    return mfu.utilization(samples_per_second, flops, found, trainer.processes.number)
+
+
+def track(trainer: BaseTrainer, values: dict[str, Any]) -> None:
     for tracker in trainer.trackers:
         tracker.log(values, trainer.state.step)
 

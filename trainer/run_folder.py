@@ -221,8 +221,8 @@ def find(config: Config) -> Path:
         given = Path(config.resume).resolve()
         return given.parent.parent if checkpoint.step_of(given) is not None else given
     if config.experiment_name is None:
-        data = Path(config.train_data_dir or config.dataset).name
-        model, data = (re.sub("[^A-Za-z0-9._-]+", "-", name)[:60] for name in (config.model, data))
+        data = re.sub("[^A-Za-z0-9._-]+", "-", Path(config.train_data_dir or config.dataset).name)[:60]
+        model = str(config.model).replace("/", "-")
         return free_name(root / (time.strftime("%Y%m%d-%H%M%S-") + f"{model}-{data}"))
     path = root / config.experiment_name
     if config.resume == "never" and path.exists():

@@ -196,7 +196,7 @@ def restore_best(trainer: BaseTrainer) -> list[str]:
     if monitor.best_step is None or monitor.best is None or checkpoint.fault(source):
         return [line]
     part = "Validation" if trainer.val_loader is not None else "Training"
-    metrics = {trainer.config.monitor: monitor.best}
+    metrics = {trainer.monitor: monitor.best}
     run.best.mkdir()
     shutil.copyfile(source / "config.json", run.best / "config.json")
     card = model_card(trainer.config, model.config(), metrics, monitor.best_step, part)

@@ -35,6 +35,7 @@ def set_threads(trainer: BaseTrainer) -> None:
         state.cpu_threads = config.cpu_threads or default_threads(here)
     torch.set_num_threads(state.cpu_threads)
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses matrix products without it
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
 
@@ -54,6 +55,14 @@ def check_lengths(trainer: BaseTrainer) -> None:
         raise ConfigError(
             f"--warmup_steps {config.warmup_steps} must be less than the run's {trainer.total_steps} steps"
         )
+    if config.swa_start_epoch is not None and trainer.train_loader is not None:
+        first, steps = config.swa_start_epoch, trainer.total_steps
+        if first >= steps or trainer.epoch_lengths.total(first + 1) > steps:
+            raise ConfigError(
+                f"--swa_start_epoch {first}: no epoch from this one on (counted from 0) ends within the {steps} steps "
+                "of the run",
+                fix="begin earlier, or train longer",
+            )
     shares = [size // trainer.processes.number for size in trainer.batch_sizes.all()]
     if (config.mixup or config.cutmix) and any(share % 2 for share in shares):
         raise ConfigError(

@@ -20,8 +20,10 @@ class TrainState:
     monitor: Progress = field(default_factory=Progress)
     plateau: Progress = field(default_factory=Progress)
     plateau_factor: float = 1.0
+    averaged_epochs: int = 0  # whose weights are in the mean of SWA
     best_steps: list[tuple[float, int]] = field(default_factory=list)  # (value, step) of the best checkpoints
     nonfinite_steps: int = 0  # skipped, or gone back from
+    teacher: str = ""  # sha256 of the model that is distilled
     train_samples: int | None = None  # that the order is a permutation of
     regular_step: int = 0  # of the last save that only the config decided on
     cpu_threads: int = 1

@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from configs.options import Config
 from configs.secrets import hide_secrets
 
@@ -24,7 +26,8 @@ class Tracker:
         self._thread = threading.Thread(target=self._work, args=(open_backend,), daemon=True, name=f"tracker-{name}")
         self._thread.start()
 
-    def log(self, values: dict[str, float], step: int) -> None:
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """Numbers, and pictures as uint8 [3, H, W]."""
         if not self.failed:
             try:
                 self._lines.put_nowait((values, step))
@@ -79,9 +82,12 @@ class TensorBoard:
         hush(set(threading.enumerate()) - others)
         self.writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
 
-    def log(self, values: dict[str, float], step: int) -> None:
+    def log(self, values: dict[str, Any], step: int) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+            if isinstance(value, Tensor):
+                self.writer.add_image(name, value, step)
+            else:
+                self.writer.add_scalar(name, value, step)
 
     def finish(self, best: Path | None) -> None:
         self.writer.close()
@@ -103,9 +109,12 @@ class WeightsAndBiases:
         )  # fmt: skip
         self.artifact = wandb.Artifact(f"model-{run_id}", type="model")
 
-    def log(self, values: dict[str, float], step: int) -> None:
+    def log(self, values: dict[str, Any], step: int) -> None:
+        import wandb
+
+        shown = {n: wandb.Image(v.permute(1, 2, 0).numpy()) for n, v in values.items() if isinstance(v, Tensor)}
         # an own step axis: wandb drops what goes back, as a resumed run does
-        self.run.log({**values, "step": step})
+        self.run.log({**values, **shown, "step": step})
 
     def finish(self, best: Path | None) -> None:
         if best is not None and best.is_dir():

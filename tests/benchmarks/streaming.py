@@ -28,6 +28,7 @@ from torchvision.transforms import v2
 from configs.arguments import make_config
 from configs.dataset_info import IMAGENET_MEAN, IMAGENET_STD
 from data.dataset import load_data
+from data.labels import ClassLabels
 from data.loader import train_loader
 from data.sequential import SequentialStream
 
@@ -123,7 +124,7 @@ def skipping(folder: Path, image: str) -> None:
         f"epoch's beginning {early * 1e3:.0f} ms: {(late - early) * 1e6 / (steps * BATCH):.2f} us for each row skipped"
     )
     table = datasets.load_dataset(str(folder), split="train", streaming=True)
-    stream = SequentialStream(table, image, "label", ["0"] * 10, "x", remote=False)
+    stream = SequentialStream(table, image, ClassLabels(["0"] * 10, ("label",)), "x", remote=False)
     start = time.perf_counter()
     count = sum(len(chunk) for chunk in stream.chunks(0, 0, None, 2048))
     cost = (time.perf_counter() - start) * 1e6 / count

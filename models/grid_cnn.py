@@ -1,0 +1,49 @@
+"""A small convolutional network that keeps where in the image things are."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from models.base_model import BaseModel
+
+GRID = 3  # cells a side
+
+
+class GridCNN(BaseModel):
+    """Convolutions with GroupNorm, the strongest answers in each cell of a 3x3 grid, linear head over all cells: a
+    global average would lose what is above and what is below."""
+
+    def __init__(self, num_classes: int, in_channels: int = 3, image_size: int = 32, dropout: float = 0.0):
+        super().__init__()
+        self.body = nn.Sequential(
+            *convolution(in_channels, 32, size=5, stride=2 if image_size >= 4 * GRID else 1),
+            *convolution(32, 64),
+            nn.MaxPool2d(2) if image_size >= 4 * GRID else nn.Identity(),
+            *convolution(64, 128),
+            nn.AdaptiveMaxPool2d(GRID),
+            nn.Flatten(),
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(128 * GRID * GRID, num_classes)
+
+    @property
+    def dim(self) -> int:
+        return self.head.in_features
+
+    def init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Logits [B, num_classes]."""
+        return self.head(self.dropout(self.body(self.normalize(images_BCHW))))
+
+
+def convolution(width_in: int, width: int, size: int = 3, stride: int = 1) -> list[nn.Module]:
+    return [
+        nn.Conv2d(width_in, width, size, stride=stride, padding=size // 2, bias=False),
+        nn.GroupNorm(8, width),
+        nn.ReLU(inplace=True),
+    ]
