@@ -18,10 +18,10 @@ from data.targets import MultiLabels, NumberLabels
 KINDS: dict[str, type[Labels]] = {
     "boxes": BoxLabels,
     "classes": ClassLabels,
+    "captions": CaptionLabels,
     "multi_label": MultiLabels,
     "numbers": NumberLabels,
     "several": SeveralLabels,
-    "captions": CaptionLabels,
 }
 
 

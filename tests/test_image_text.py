@@ -23,7 +23,6 @@ from configs.arguments import make_config
 from configs.errors import ConfigError, DataError
 from data.captions import CaptionLabels, texts_of
 from data.dataset import load_data
-from models import ModelError
 from models.model import build
 from scripts import retrieve
 from scripts.measure import measure
@@ -266,7 +265,7 @@ def test_a_batch_in_parts_is_refused(folder, tmp_path):
     options = TINY | {"train_data_dir": str(folder), "output_dir": str(tmp_path)}
     with pytest.raises(ConfigError, match="compares all 8 samples"):
         build_trainer(make_config(**options, micro_batch_size=4))
-    with pytest.raises(ModelError, match="take clip/simple_cnn"):
+    with pytest.raises(ConfigError, match="did you mean clip/simple_cnn"):
         build_trainer(make_config(**options, model="simple_cnn"))
     with pytest.raises(ConfigError, match="mixup needs one class"):
         build_trainer(make_config(**options, mixup=0.2))

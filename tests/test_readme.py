@@ -82,6 +82,7 @@ def commands() -> list[str]:
 )
 def test_every_training_command_runs_at_tiny_size(command, tmp_path, image_folder):
     flags = command.split("scripts/train.py", 1)[1].replace("./dataset/YourDataset", str(image_folder))
+    flags = flags.replace("path/to/bccd", "digit_scenes")
     tiny = "--max_steps 2 --batch_size 4 --image_size 16 --warmup_steps 0 --split 0.75 0.25 0".split()
     run_script("train.py", *shlex.split(flags), *tiny, "--output_dir", tmp_path)
 
