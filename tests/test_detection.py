@@ -164,7 +164,7 @@ def test_every_torchvision_detector_is_built():
 
     for name in torchvision_names():
         if "/" not in name or name.endswith("resnet34"):
-            losses, _ = build(name, num_classes=2, image_size=96).train()(
+            losses, _ = build(name, num_classes=3, image_size=96).train()(
                 torch.zeros(2, 3, *[input_size(name, 96)] * 2, dtype=torch.uint8), *arguments(random_batch(2))[1:]
             )
             assert losses["loss"].isfinite(), name
