@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, nearest
 from configs.names import check_text
-from configs.options import Config, DataOptions, ModelOptions, OptimOptions, RunOptions, nearest
+from configs.options import Config, DataOptions, ModelOptions, OptimOptions, RunOptions
 from configs.secrets import FIX, SECRET_NAME, hide_secrets, shown
 from configs.values import HINTS, value_of
 from configs.yaml_file import read_yaml

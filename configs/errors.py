@@ -1,5 +1,7 @@
 """Errors a user can cause: one block that says what, where and what to do, and an exit code."""
 
+import difflib
+
 
 class UserError(Exception):
     """A fault with its place and its cure; scripts print it as one block, without a traceback."""
@@ -34,3 +36,10 @@ class Diverged(UserError):
     """A loss or gradient that is not finite."""
 
     exit_code = 3
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """'did you mean ...?' for an error about an unknown name; else some of the names."""
+    if found := difflib.get_close_matches(name, names, n=3, cutoff=0.5):
+        return f"did you mean {' or '.join(found)}?"
+    return f"one of: {', '.join(sorted(names)[:12])}" + (", ..." if len(names) > 12 else "")

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.errors import ConfigError
-from configs.names import check_texts
-from configs.secrets import shown
-
-OF_DATASETS = ("data_files", "image_column", "label_column", "label_columns")  # of no use with an image folder
+from configs.checks import check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,162 +222,7 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
-    """One run. Raises ConfigError where its fields contradict each other."""
+    """One run. Raises ConfigError where its fields contradict each other (configs/checks.py)."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            check_texts(name, value)
-        at_least = {
-            1: ("epochs", "max_steps", "batch_size", "micro_batch_size", "decay_epochs", "cpu_threads", "log_every",
-                "save_every_steps", "keep_last", "patience", "stop_after_steps", "image_size", "shuffle_buffer",
-                "num_classes", "expect_processes"),
-            0: ("warmup_steps", "keep_best", "num_workers", "min_delta", "mixup", "cutmix", "weight_decay", "seed",
-                "split_seed", "mix_off_epoch", "lr", "label_smoothing", "ema_decay", "random_erasing", "dropout",
-                "momentum", "decay_factor", "max_bad_fraction", "max_nonfinite", "swa_start_epoch",
-                "distill_weight", "freeze_epochs", "layer_decay"),
-        }  # fmt: skip
-        for minimum, names in at_least.items():
-            for name in names:
-                value = getattr(self, name)
-                if isinstance(value, int) and value >= 2**63:
-                    raise ConfigError(f"--{name} is too large: it must be a number below 2**63")
-                if value is not None and not minimum <= value < float("inf"):
-                    raise ConfigError(f"--{name} is {value}: it must be a number from {minimum} on")
-        if self.save_every_minutes is not None and not 0 < self.save_every_minutes < float("inf"):
-            raise ConfigError(f"--save_every_minutes is {self.save_every_minutes}: it must be above 0")
-        for name in ("label_smoothing", "ema_decay", "dropout", "momentum"):
-            if (getattr(self, name) or 0) >= 1:
-                raise ConfigError(f"--{name} is {getattr(self, name)}: it must be less than 1")
-        for name in ("random_erasing", "decay_factor", "max_bad_fraction", "layer_decay", "distill_weight"):
-            if getattr(self, name) > 1:
-                raise ConfigError(f"--{name} is {getattr(self, name)}: it must be at most 1")
-        if not self.layer_decay:
-            raise ConfigError("--layer_decay is 0: it must be above 0", fix="for a head alone: --freeze_epochs")
-        if self.weights and self.pretrained:
-            raise ConfigError(
-                "--weights and --pretrained both say what to begin with",
-                fix="take --pretrained where the head may differ, --weights where nothing may",
-            )
-        check_extras(self)
-        if self.grad_clip is not None and not 0 < self.grad_clip < float("inf"):
-            raise ConfigError(
-                f"--grad_clip is {self.grad_clip}: it must be above 0", fix="leave it out for no clipping"
-            )
-        if min(self.split) < 0 or not abs(sum(self.split) - 1) <= 1e-6:
-            raise ConfigError(
-                f"--split is {' '.join(map(str, self.split))}: three shares from 0 on that sum to 1, "
-                f"not {sum(self.split):g}"
-            )
-        if self.split[0] == 0:
-            raise ConfigError("--split leaves no share for training")
-        later = [size for _, size in milestones(self.batch_size_schedule)]
-        if (self.mixup or self.cutmix) and any(size % 2 for size in (self.batch_size, *later, self.micro_batch_size)):
-            raise ConfigError(
-                f"--mixup and --cutmix pair samples: --batch_size {' and '.join(map(str, [self.batch_size, *later]))} "
-                f"and --micro_batch_size {self.micro_batch_size} must be even"
-            )
-        if self.val_data_dir and not self.train_data_dir:
-            raise ConfigError("--val_data_dir needs --train_data_dir")
-        datasets = 1 + len(self.mix_datasets)
-        if self.mix_weights and (
-            len(self.mix_weights) != datasets
-            or min(self.mix_weights) < 0
-            or not 0 < sum(self.mix_weights) < float("inf")
-        ):
-            raise ConfigError(
-                f"--mix_weights is {shown(' '.join(map(str, self.mix_weights)))}, for {datasets} datasets",
-                fix="give one for --dataset and one for each of --mix_datasets, from 0 on, not all 0",
-            )
-        if self.mix_datasets and self.group_column:
-            raise ConfigError(
-                "--group_column keeps the groups of one dataset apart, and --mix_datasets adds others to the training",
-                fix="leave one of them out",
-            )
-        if self.train_data_dir and (given := [name for name in OF_DATASETS if getattr(self, name)]):
-            raise ConfigError(
-                f"--{given[0]} belongs to --dataset, and --train_data_dir is used instead of it",
-                fix="leave one of them out, or give the folder to --dataset",
-            )
-        if self.mix_weights and self.sampling != "uniform":
-            raise ConfigError(f"--sampling {self.sampling} and --mix_weights both say how often a sample comes")
-        if self.class_weights != "none" and self.sampling != "uniform":
-            raise ConfigError(
-                f"--class_weights {self.class_weights} and --sampling {self.sampling} both make up for rare classes",
-                fix="leave one of them out",
-            )
-        if self.label_column and self.label_columns:
-            raise ConfigError("--label_column and --label_columns both name the labels", fix="leave one of them out")
-        check_loss_weights(self.loss_weights)
-        needs_labels = {
-            "cache": "none", "sampling": "uniform", "augment_rare": "none", "group_column": None,
-            "class_weights": "none",
-        }  # fmt: skip
-        if self.streaming and (given := [name for name, off in needs_labels.items() if getattr(self, name) != off]):
-            raise ConfigError(
-                f"--{given[0]} {getattr(self, given[0])} needs all data at hand, and --streaming has a part of them",
-                fix="leave one of them out",
-            )
-        if self.max_steps and self.warmup_steps >= self.max_steps:
-            raise ConfigError(f"--warmup_steps {self.warmup_steps} must be less than --max_steps {self.max_steps}")
-        if self.push_to_hub and not self.hub_model_id:
-            raise ConfigError("--push_to_hub needs --hub_model_id", fix="name the repository: --hub_model_id user/name")
-        if self.resume != "auto" and self.experiment_name and self.resume != "never":
-            raise ConfigError(
-                f"--resume {shown(self.resume)} names a run, and so does --experiment_name {self.experiment_name}",
-                fix="leave one of them out",
-            )
-
-
-def check_extras(config: Config) -> None:
-    """What belongs to SWA and to distillation."""
-    for name, value in (("swa_lr", config.swa_lr), ("distill_temperature", config.distill_temperature)):
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"--{name} is {value}: it must be above 0")
-    if config.swa_start_epoch is not None and config.ema_decay:
-        raise ConfigError("--ema_decay and --swa_start_epoch both average the weights", fix="leave one of them out")
-    needs = {"swa_lr": "swa_start_epoch", "distill_weight": "teacher", "distill_temperature": "teacher"}
-    for name, needed in needs.items():
-        if getattr(config, needed) is None and getattr(config, name) != getattr(Config, name):
-            raise ConfigError(f"--{name} {getattr(config, name)} does nothing without --{needed}")
-    if config.teacher and config.task not in (None, "classification"):
-        raise ConfigError(
-            f"--teacher teaches the probabilities of classes, and --task is {config.task}", fix="leave it out"
-        )
-
-
-def milestones(words: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    """The epochs and sizes of `--batch_size_schedule`. Raises ConfigError where they are none."""
-    found: list[tuple[int, int]] = []
-    for word in words:
-        epoch, _, size = word.partition(":")
-        if not (epoch.isdecimal() and size.isdecimal() and len(word) < 20 and int(size) > 0):
-            raise ConfigError(
-                f"--batch_size_schedule has {shown(word)}", fix="give EPOCH:SIZE, whole numbers, for example 30:512"
-            )
-        if int(epoch) <= (found[-1][0] if found else 0):
-            raise ConfigError(f"--batch_size_schedule {shown(' '.join(words))}: its epochs must rise from 1 on")
-        found.append((int(epoch), int(size)))
-    return tuple(found)
-
-
-def check_loss_weights(words: tuple[str, ...]) -> None:
-    """Raises ConfigError where they are neither `learnt` nor NAME=NUMBER."""
-    if words == ("learnt",):
-        return
-    for word in words:
-        name, equals, number = word.rpartition("=")
-        try:
-            good = bool(name and equals) and 0 <= float(number) < float("inf")
-        except ValueError:
-            good = False
-        if not good:
-            raise ConfigError(
-                f"--loss_weights has {shown(word)}", fix="give NAME=NUMBER for each task, for example digit=1 ink=0.5"
-            )
-
-
-def nearest(name: str, names: list[str]) -> str:
-    """'did you mean ...?' for an error about an unknown name; else some of the names."""
-    if found := difflib.get_close_matches(name, names, n=3, cutoff=0.5):
-        return f"did you mean {' or '.join(found)}?"
-    return f"one of: {', '.join(sorted(names)[:12])}" + (", ..." if len(names) > 12 else "")
+        check(self)

@@ -8,8 +8,7 @@ from typing import Any, Literal, get_origin
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-from configs.errors import ConfigError
-from configs.options import nearest
+from configs.errors import ConfigError, nearest
 from configs.secrets import FIX, SECRET_NAME, shown
 from configs.values import HINTS, type_of, value_of
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from configs.checks import milestones
 from configs.errors import ConfigError
-from configs.options import Config, milestones
+from configs.options import Config
 
 
 class BatchSizes(NamedTuple):

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from configs.dataset_info import DatasetInfo
-from configs.errors import DataError
-from configs.options import Config, nearest
+from configs.errors import DataError, nearest
+from configs.options import Config
 from data.columns import classes_of
 from data.labels import Cells, Column
 

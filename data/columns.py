@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import DataError
-from configs.options import nearest
+from configs.errors import DataError, nearest
 
 IMAGE_TYPES = ("string", "large_string", "binary", "large_binary")  # paths, or encoded images
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from configs.dataset_info import DATASETS, DatasetInfo
-from configs.errors import DataError
-from configs.options import Config, nearest
+from configs.errors import DataError, nearest
+from configs.options import Config
 from data.columns import image_column, values_of
 from data.kinds import open_labels
 from data.sequential import SequentialStream

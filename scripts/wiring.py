@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from configs.errors import ConfigError
-from configs.options import Config, nearest
+from configs.errors import ConfigError, nearest
+from configs.options import Config
 from data.dataset import Data, load_data, with_cache
 from data.described import described
 from data.kinds import check_kind

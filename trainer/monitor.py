@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from configs.errors import ConfigError
-from configs.options import Config, nearest
+from configs.errors import ConfigError, nearest
+from configs.options import Config
 
 HIGHER_IS_BETTER = {
     "accuracy": True,

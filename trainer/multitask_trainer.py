@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import ConfigError
-from configs.options import nearest
+from configs.errors import ConfigError, nearest
 from trainer.losses import Criterion, Losses, combine
 from trainer.main_trainer import MainTrainer
 from trainer.metrics import Metrics
