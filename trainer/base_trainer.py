@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
@@ -27,7 +26,7 @@ from trainer import checkpoint, freezing, reporting, run_folder, saving, shardin
 from trainer.bad_samples import BadSamples, ReportingLoader
 from trainer.batch_statistics import BatchStatistics
 from trainer.device import ddp_options, make_accelerator, moved_ahead, with_synced_norms
-from trainer.losses import Criterion, Losses, Weights, loss_names, total
+from trainer.losses import Criterion, Losses, loss_names, total
 from trainer.metrics import CURE, Meter
 from trainer.monitor import check_monitor, higher_is_better
 from trainer.nonfinite import NonFinite
@@ -35,21 +34,17 @@ from trainer.optim import build_optimizers, clip_gradients, lr_factor, peak_lr, 
 from trainer.processes import Processes
 from trainer.progress import Clock, EpochBar, Table
 from trainer.state import TrainState
+from trainer.task import Task
 from trainer.trackers import FINISH_SECONDS, STOPPED_SECONDS, Tracker
 from trainer.windows import NO_WINDOW, Batch, EpochLengths, PositionedLoader, Window, as_dict, grouped, samples_in
 
 
-class BaseTrainer(ABC):
-    """Trains a model as a config says. A task writes the five abstract methods, or inherits MainTrainer's.
+class BaseTrainer(Task):
+    """Trains a model as a config says. A task writes what trainer/task.py says, or inherits it from MainTrainer.
 
-    kinds: what its labels may be, names of data/kinds.py. default_model, default_monitor: where the config names none.
     model: a models.BaseModel. Loaders: any iterable of batches; a batch is a dict (images_BCHW, labels, ...) or
     an (images, labels) pair.
     """
-
-    kinds: tuple[str, ...] = ("classes",)
-    default_model = "simple_cnn"
-    default_monitor = "accuracy"
 
     def __init__(
         self,
@@ -98,7 +93,6 @@ class BaseTrainer(ABC):
         self.ema = swa.averaged_weights(config, self.plain_model, self.state)  # moving, or of epochs
         self.scaler = self.accelerator.scaler
 
-        self.loss_weights: Weights = None  # get_criterion may set them
         self.criterion: Criterion = self.get_criterion()
         self.bad_samples = BadSamples(self.run, config.max_bad_fraction, self.processes.gather_lines)
         self.meter = Meter(self.hits, self.reduce, finite_only=config.nonfinite != "stop")
@@ -117,53 +111,6 @@ class BaseTrainer(ABC):
         starting.check_lengths(self)
         self.trackers: list[Tracker] = []
         self.table = Table(self.monitor, shown=self.is_main)
-
-    # ---- what a task writes -------------------------------------------------------------------------------
-
-    @abstractmethod
-    def get_criterion(self) -> Criterion:
-        """One loss, or a tuple, list or dict of them; `self.loss_weights` may weigh them."""
-
-    @abstractmethod
-    def forward_pass(self, batch: Batch) -> tuple[Losses, Any]:
-        """The mean loss over `count(batch)`, and the predictions."""
-
-    @abstractmethod
-    def train_epoch(self, train_loader: Iterable[Any]) -> dict[str, float]:
-        """Train on what is left of the epoch; the means of the whole of it."""
-
-    @abstractmethod
-    def validate_epoch(self, val_loader: Iterable[Any]) -> dict[str, float]:
-        """Metrics over every sample once."""
-
-    @abstractmethod
-    def inference(self, inputs: Tensor) -> Any:
-        """Predictions for a batch of inputs."""
-
-    def as_rows(self, predictions: Any) -> list[dict[str, Any]]:
-        """What scripts/predict.py writes of each sample of `inference`'s predictions."""
-        raise UserError(f"{type(self).__name__} does not tell how its predictions are written", fix="write as_rows")
-
-    def count(self, batch: Batch) -> Any:
-        """What a mean loss is a mean over: samples. Masked or weighted losses count something else."""
-        return 0 if "valid" in batch else samples_in(batch)
-
-    def kept(self, predictions: Any, batch: Batch) -> tuple[Tensor, ...]:
-        """What `hits` needs of each sample, tensors [B, ...]; kept on the device until the next log line."""
-        return ()
-
-    def hits(self, *kept: Any) -> dict[str, Tensor]:
-        """Training metrics of many steps at once: bool [N] by name."""
-        return {}
-
-    @classmethod
-    def usual_monitor(cls, model: Any) -> str:
-        """What decides where --monitor does not."""
-        return cls.default_monitor
-
-    def val_metric_names(self) -> list[str]:
-        """The keys that `validate_epoch` will return, for --monitor."""
-        return ["loss"]
 
     # ---- the run ------------------------------------------------------------------------------------------
 
@@ -194,10 +141,10 @@ class BaseTrainer(ABC):
             return result
         except BaseException as error:
             if not isinstance(error, UserError):
-                error.add_note(self.where_it_is())
+                error.add_note(reporting.where_it_is(self))
             state = "diverged" if isinstance(error, Diverged) else "failed"
             with suppress(UserError):  # a full disk must not hide what is being told
-                self.run.status(state, **self.standing(), reason=str(error)[:1000] or type(error).__name__)
+                self.run.status(state, **reporting.standing(self), reason=str(error)[:1000] or type(error).__name__)
             raise
         finally:
             self.saver.close()
@@ -293,42 +240,18 @@ class BaseTrainer(ABC):
         self.processes.hear()  # nothing may be on its way when processes part
         self.save_checkpoint(regular=False)
         self.saver.finish()
-        result = {"state": state, **self.standing(), "reason": reason}
+        result = {"state": state, **reporting.standing(self), "reason": reason}
         self.run.status(**result)
         self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
         return result
 
-    def where_it_is(self) -> str:
-        """The step, and the samples of this process that are computed on, for the words of an error."""
-        try:
-            ids = [id for batch in self.window.batches for id in batch.get("ids", torch.empty(0)).tolist()]
-        except RuntimeError:  # the device itself has failed, and gives nothing back
-            ids = []
-        samples = f", samples {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}" if ids else ""
-        return f"after step {self.state.step} of the run{samples}"
-
     def already_done(self) -> dict[str, Any]:
         """A finished run's result. One killed after its last save has not yet said so, nor removed old checkpoints."""
-        result = {"state": "done", **self.standing(), "reason": ""}
+        result = {"state": "done", **reporting.standing(self), "reason": ""}
         if self.run.locked and self.run.read_status() != result:
             self.saver.prune(self.state.to_json())
             self.run.status(**result)
         return result
-
-    def standing(self) -> dict[str, Any]:
-        """Step, epoch and the best evaluation so far."""
-        best = self.state.monitor
-        found = {
-            "metric": self.monitor,
-            "value": best.best,
-            "step": best.best_step,
-            "epoch": best.best_epoch,
-        }
-        return {
-            "step": self.state.step,
-            "epoch": self.state.epoch,
-            "best": found if best.best is not None else None,
-        }
 
     # ---- under the loop: windows, one step, what is logged ------------------------------------------------
 
@@ -362,7 +285,7 @@ class BaseTrainer(ABC):
         mine = sum(counts)
         if self.reduce is None:
             return mine
-        if isinstance(loader, PositionedLoader) and type(self).count is BaseTrainer.count:
+        if isinstance(loader, PositionedLoader) and type(self).count is Task.count:
             return self.batch_size
         if isinstance(mine, Tensor):
             return self.reduce(mine.to(self.device, torch.float32))
@@ -496,7 +419,7 @@ class BaseTrainer(ABC):
         if regular:
             self.state.regular_step = self.state.step
         self.saver.save()
-        self.run.status("running", **self.standing())
+        self.run.status("running", **reporting.standing(self))
 
     def roll_back(self) -> int:
         """Go back to the weights of the last regular checkpoint, and forward over the data since; their step."""

@@ -70,3 +70,20 @@ def trace_samples(trainer: BaseTrainer) -> None:
 
 def share_bad_samples(trainer: BaseTrainer) -> None:
     trainer.bad_samples.share(trainer.state.step * trainer.config.batch_size)
+
+
+def standing(trainer: BaseTrainer) -> dict[str, Any]:
+    """Step, epoch and the best evaluation so far."""
+    state, best = trainer.state, trainer.state.monitor
+    found = {"metric": trainer.monitor, "value": best.best, "step": best.best_step, "epoch": best.best_epoch}
+    return {"step": state.step, "epoch": state.epoch, "best": found if best.best is not None else None}
+
+
+def where_it_is(trainer: BaseTrainer) -> str:
+    """The step, and the samples of this process that are computed on, for the words of an error."""
+    try:
+        ids = [id for batch in trainer.window.batches for id in batch.get("ids", torch.empty(0)).tolist()]
+    except RuntimeError:  # the device itself has failed, and gives nothing back
+        ids = []
+    samples = f", samples {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}" if ids else ""
+    return f"after step {trainer.state.step} of the run{samples}"

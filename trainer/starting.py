@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from configs.errors import ConfigError
-from trainer import checkpoint, run_folder, saving
+from trainer import checkpoint, reporting, run_folder, saving
 from trainer.device import default_threads
 from trainer.trackers import open_trackers
 
@@ -105,6 +105,6 @@ def open_run(trainer: BaseTrainer) -> None:
             cpu_threads=state.cpu_threads,
         ),
     )
-    run.status("running", **trainer.standing())
+    run.status("running", **reporting.standing(trainer))
     if trainer.is_main:
         trainer.trackers = open_trackers(config, run.path, state.wandb_id)
