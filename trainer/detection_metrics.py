@@ -17,7 +17,7 @@ def check_installed() -> None:
     if find_spec("torchmetrics") is None or find_spec("faster_coco_eval") is None:
         raise UserError(
             "detection is measured by torchmetrics and faster-coco-eval, which are not installed",
-            fix="pip install 'accelerate-vision-template[detection]'",
+            fix="pip install -e '.[detection]'",
         )
 
 
