@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -37,9 +38,8 @@ def test_the_two_commands_stand_first():
 
 def run_code(code: str, cwd: Path, *arguments: str) -> str:
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/bin"}
-    )
+    env = {"PYTHONPATH": str(ROOT), "PATH": "/bin", "OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"]}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
