@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Literal
 
+from configs import model_args
 from configs.errors import ConfigError
 from configs.names import check_texts
 from configs.secrets import shown
@@ -87,6 +88,8 @@ class ModelOptions:
     """Like `--weights`, but what does not fit, as a head of other classes, begins anew; or `torchvision`, or `timm`."""
     freeze_epochs: int = 0
     """For so many epochs the head learns alone; as many as `--epochs` make a linear probe."""
+    model_args: tuple[str, ...] = ()
+    """More arguments of the model's constructor, as YAML: `width=32 anchor_sizes=[8,16,32]`; in a file a mapping."""
     dropout: float | None = None
     """Dropout before the classifier; default: the model's own."""
     compile: bool = False
@@ -232,6 +235,7 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             check_texts(name, value)
+        object.__setattr__(self, "model_args", model_args.written(self.model_args))
         at_least = {
             1: ("epochs", "max_steps", "batch_size", "micro_batch_size", "decay_epochs", "cpu_threads", "log_every",
                 "save_every_steps", "keep_last", "patience", "stop_after_steps", "image_size", "shuffle_buffer",
