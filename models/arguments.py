@@ -73,7 +73,7 @@ def check_arguments(model: str, takes: Parameters, given: Mapping[str, Any]) -> 
     """Raises ModelError for an argument that the model does not take, that is given elsewhere, or of a wrong type."""
     for name, value in given.items():
         if name in GIVEN:
-            raise ModelError(f"{name} of {model} is not an argument of its own: {GIVEN[name]} gives it")
+            raise ModelError(f"{name} of {model} is not for --model_args: it comes from {GIVEN[name]}")
         if name not in takes:
             near = difflib.get_close_matches(name, takes, n=2, cutoff=0.5)
             asked = f" (did you mean {' or '.join(near)}?)" if near else ""
@@ -96,7 +96,7 @@ def is_plain(default: Any) -> bool:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value of YAML may be this argument. Lists stand for tuples; of types that YAML does not have none is."""
+    """Whether a value of YAML may be this argument. Lists stand for tuples."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if hint is Any:
         return True

@@ -16,7 +16,8 @@ class MultiHead(BaseModel):
     """Any classifier without its head, and a linear head for each task.
 
     heads: outputs of each task by its name. learnt_weights: a log variance for each task goes with the outputs, which
-    weighs its loss (Kendall et al. 2018, https://arxiv.org/abs/1705.07115). backbone_args: more of the classifier's own.
+    weighs its loss (Kendall et al. 2018, https://arxiv.org/abs/1705.07115). backbone_args: more arguments of the
+    classifier.
     """
 
     def __init__(
