@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from configs import model_args
 from configs.checks import check
 
 
@@ -82,6 +83,8 @@ class ModelOptions:
     """Like `--weights`, but what does not fit, as a head of other classes, begins anew; or `torchvision`, or `timm`."""
     freeze_epochs: int = 0
     """For so many epochs the head learns alone; as many as `--epochs` make a linear probe."""
+    model_args: tuple[str, ...] = ()
+    """More arguments of the model's constructor, as YAML: `width=32 anchor_sizes=[8,16,32]`; in a file a mapping."""
     dropout: float | None = None
     """Dropout before the classifier; default: the model's own."""
     compile: bool = False
@@ -226,3 +229,4 @@ class Config(RunOptions, OptimOptions, ModelOptions, DataOptions):
 
     def __post_init__(self) -> None:
         check(self)
+        object.__setattr__(self, "model_args", model_args.written(self.model_args))

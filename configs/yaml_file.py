@@ -8,6 +8,7 @@ from typing import Any, Literal, get_origin
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
 
+from configs import model_args
 from configs.errors import ConfigError, nearest
 from configs.secrets import FIX, SECRET_NAME, shown
 from configs.values import HINTS, type_of, value_of
@@ -83,6 +84,8 @@ def _typed(name: str, node: Node) -> Any:
     kind = type_of(hint)
     if node.tag == TAG + "null" and kind is not hint:
         return None
+    if name == "model_args" and node.tag == TAG + "map":
+        return list(model_args.words_of(model_args.value_of_node(node, "--model_args")))
     if get_origin(kind) is tuple:
         items = node.value if node.tag == TAG + "seq" else [node]
         return list(value_of(name, [_word(name, item) for item in items], hint))

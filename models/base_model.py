@@ -31,6 +31,9 @@ class BuildThenInit(ABCMeta):
         bound = inspect.signature(cls.__init__).bind(model, *args, **kwargs)  # type: ignore[misc]
         bound.apply_defaults()
         model.model_args = dict(list(bound.arguments.items())[1:])
+        for parameter in inspect.signature(cls.__init__).parameters.values():  # type: ignore[misc]
+            if parameter.kind is parameter.VAR_KEYWORD:  # `**options`: each by its own name
+                model.model_args |= model.model_args.pop(parameter.name)
         model.init_weights()
         return model
 

@@ -26,7 +26,8 @@ class Embeddings(NamedTuple):
 class CLIP(BaseModel):
     """A classifier of models/ whose head gives an embedding in place of logits, and a text transformer.
 
-    tokenizer: JSON, as data/captions.py learns it.
+    tokenizer: JSON, as data/captions.py learns it. width, layers: of the text transformer. image_args: more arguments
+    of the classifier.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class CLIP(BaseModel):
         embedding: int = 128,
         width: int = 64,
         layers: int = 2,
+        image_args: dict[str, Any] | None = None,
     ):
         super().__init__()
         from models.model import build  # which has this class in its table
@@ -46,6 +48,7 @@ class CLIP(BaseModel):
         self.image_encoder = build(
             architecture.removeprefix(PREFIX),
             num_classes=embedding, in_channels=in_channels, image_size=image_size, dropout=dropout,
+            **(image_args or {}),
         )  # fmt: skip
         self.tokens = Tokens(tokenizer)
         self.text_encoder = TextEncoder(self.tokens.size, self.tokens.length, width, layers, embedding)

@@ -37,10 +37,10 @@ class SmallFCOS(BaseModel):
     tells classes, the distances to the sides of a box, and how central it lies. A level is chosen by the box's size.
 
     The loss is a mean over images, each image's own being a sum over its points by its positive points (at least 1):
-    no cut into micro-batches changes it.
+    no cut into micro-batches changes it. width: channels of the levels. depth: convolutions before the head.
     """
 
-    def __init__(self, num_classes: int, in_channels: int = 3, image_size: int = 64, width: int = 64):
+    def __init__(self, num_classes: int, in_channels: int = 3, image_size: int = 64, width: int = 64, depth: int = 2):
         super().__init__()
         self.num_classes = num_classes
         wide = 3 * width // 2
@@ -53,7 +53,7 @@ class SmallFCOS(BaseModel):
             ]
         )
         self.laterals = nn.ModuleList([nn.Conv2d(wide, width, 1) for _ in STRIDES])
-        self.tower = nn.Sequential(block(width, width), block(width, width))
+        self.tower = nn.Sequential(*[block(width, width) for _ in range(depth)])
         self.head = nn.Conv2d(width, num_classes + 5, 3, padding=1)  # classes, left, top, right, bottom, centre
 
     @property

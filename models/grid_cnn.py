@@ -6,25 +6,32 @@ from torch import Tensor, nn
 
 from models.base_model import BaseModel
 
-GRID = 3  # cells a side
-
 
 class GridCNN(BaseModel):
-    """Convolutions with GroupNorm, the strongest answers in each cell of a 3x3 grid, linear head over all cells: a
-    global average would lose what is above and what is below."""
+    """Convolutions with GroupNorm, the strongest answers in each cell of a grid, linear head over all cells: a global
+    average would lose what is above and what is below. grid: cells a side."""
 
-    def __init__(self, num_classes: int, in_channels: int = 3, image_size: int = 32, dropout: float = 0.0):
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        image_size: int = 32,
+        dropout: float = 0.0,
+        width: int = 32,
+        grid: int = 3,
+    ):
         super().__init__()
+        small = image_size < 4 * grid
         self.body = nn.Sequential(
-            *convolution(in_channels, 32, size=5, stride=2 if image_size >= 4 * GRID else 1),
-            *convolution(32, 64),
-            nn.MaxPool2d(2) if image_size >= 4 * GRID else nn.Identity(),
-            *convolution(64, 128),
-            nn.AdaptiveMaxPool2d(GRID),
+            *convolution(in_channels, width, size=5, stride=1 if small else 2),
+            *convolution(width, 2 * width),
+            nn.Identity() if small else nn.MaxPool2d(2),
+            *convolution(2 * width, 4 * width),
+            nn.AdaptiveMaxPool2d(grid),
             nn.Flatten(),
         )
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(128 * GRID * GRID, num_classes)
+        self.head = nn.Linear(4 * width * grid**2, num_classes)
 
     @property
     def dim(self) -> int:

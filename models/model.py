@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from models import detection, timm_models, torchvision_detectors, torchvision_models
+from models.arguments import GIVEN, Parameters, check_arguments, parameters_of, takes_more
 from models.base_model import BaseModel, ModelError
 from models.clip import CLIP, PREFIX
 from models.grid_cnn import GridCNN
@@ -47,16 +48,12 @@ def check_name(name: str, task: str | None = None) -> None:
 def build(name: str, **model_args: Any) -> BaseModel:
     """A model with fresh weights from the current state of torch's generator."""
     check_name(name)
-    given = {key: value for key, value in model_args.items() if key != "architecture" and value is not None}
-    builder: Callable[..., BaseModel]
-    if name in detection.names():
-        builder = detection.builder(name)
-    elif name.startswith(PREFIX):
-        builder = partial(CLIP, name)
-    elif "heads" in given:  # several tasks
-        builder = partial(MultiHead, name)
-    else:
-        builder = MODELS.get(name) or of_a_library(name)
+    given = {
+        key: value
+        for key, value in model_args.items()
+        if key != "architecture" and not (value is None and key in GIVEN)  # None: the model's own default
+    }
+    builder = partial(MultiHead, name) if "heads" in given else builder_of(name)
     try:
         model = builder(**given)
     except TypeError as error:
@@ -67,10 +64,36 @@ def build(name: str, **model_args: Any) -> BaseModel:
     return model
 
 
-def of_a_library(name: str) -> Callable[..., BaseModel]:
+def builder_of(name: str) -> Callable[..., BaseModel]:
+    if name in detection.names():
+        return detection.builder(name)
+    if name.startswith(PREFIX):
+        return partial(CLIP, name)
+    if name in MODELS:
+        return MODELS[name]
     if name.startswith(timm_models.PREFIX):
         return partial(timm_models.TimmClassifier, name.removeprefix(timm_models.PREFIX))
     return partial(torchvision_models.TorchvisionClassifier, name)
+
+
+def takes(name: str) -> Parameters:
+    """The arguments of a model that `build` takes beside those that data and other flags give."""
+    own = parameters_of(builder_of(name))
+    if name in MODELS or name in detection.DETECTORS or name.startswith(PREFIX):
+        return own
+    if name.startswith(timm_models.PREFIX):
+        return own | timm_models.parameters(name)
+    family = torchvision_detectors if name in detection.names() else torchvision_models
+    return own | family.parameters(name)
+
+
+def check_model_args(name: str, model_args: Mapping[str, Any]) -> None:
+    """Raises ModelError where --model_args, or image_args of a CLIP, has what the model cannot be built with."""
+    if name in MODELS and takes_more(MODELS[name]):
+        return  # `**options` of your own
+    check_arguments(name, takes(name), model_args)
+    if name.startswith(PREFIX):
+        check_model_args(name.removeprefix(PREFIX), model_args.get("image_args") or {})
 
 
 def input_size(name: str, image_size: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,8 @@ class MultiHead(BaseModel):
     """Any classifier without its head, and a linear head for each task.
 
     heads: outputs of each task by its name. learnt_weights: a log variance for each task goes with the outputs, which
-    weighs its loss (Kendall et al. 2018, https://arxiv.org/abs/1705.07115).
+    weighs its loss (Kendall et al. 2018, https://arxiv.org/abs/1705.07115). backbone_args: more arguments of the
+    classifier.
     """
 
     def __init__(
@@ -25,6 +28,7 @@ class MultiHead(BaseModel):
         image_size: int = 32,
         dropout: float | None = None,
         learnt_weights: bool = False,
+        **backbone_args: Any,
     ):
         super().__init__()
         from models.model import build  # which builds this
@@ -32,8 +36,9 @@ class MultiHead(BaseModel):
         if LOG_VARIANCES in heads:
             raise ModelError(f"no task can have the name {LOG_VARIANCES!r}")
         self.backbone = build(
-            architecture, num_classes=1, in_channels=in_channels, image_size=image_size, dropout=dropout
-        )
+            architecture,
+            num_classes=1, in_channels=in_channels, image_size=image_size, dropout=dropout, **backbone_args,
+        )  # fmt: skip
         self.features = self.backbone.remove_head()
         self.names = list(heads)
         self.heads = nn.ModuleList(nn.Linear(self.features, outputs) for outputs in heads.values())

@@ -9,14 +9,17 @@ from models.base_model import BaseModel
 
 class SimpleCNN(BaseModel):
     """Three stages of two 3x3 convolutions, GroupNorm (Wu & He 2018: no batch statistics, so that any
-    micro-batch size and number of processes computes the same), global average, linear head."""
+    micro-batch size and number of processes computes the same), global average, linear head. width: channels of the
+    first stage."""
 
-    def __init__(self, num_classes: int, in_channels: int = 3, image_size: int = 32, dropout: float = 0.1):
+    def __init__(
+        self, num_classes: int, in_channels: int = 3, image_size: int = 32, dropout: float = 0.1, width: int = 32
+    ):
         super().__init__()
-        widths = (32, 64, 128)
+        widths = (width, 2 * width, 4 * width)
         stages: list[nn.Module] = []
-        for width_in, width in zip((in_channels, *widths), widths):
-            stages += [*conv_block(width_in, width), *conv_block(width, width)]
+        for width_in, width_out in zip((in_channels, *widths), widths):
+            stages += [*conv_block(width_in, width_out), *conv_block(width_out, width_out)]
             if image_size >= 4:
                 stages.append(nn.MaxPool2d(2))
                 image_size //= 2

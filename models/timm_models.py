@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from typing import Any
 
 from torch import Tensor, nn
 
+from models.arguments import Parameters, parameters_of_module
 from models.base_model import BaseModel, ModelError
 from models.torchvision_models import Pixels
 
@@ -15,7 +17,8 @@ PREFIX = "timm/"
 
 
 class TimmClassifier(BaseModel):
-    """A timm architecture with random weights. architecture: timm's name of it, without `timm/`."""
+    """A timm architecture with random weights. architecture: timm's name of it, without `timm/`. options: more of
+    timm's own arguments, drop_path_rate for example."""
 
     def __init__(
         self,
@@ -24,9 +27,11 @@ class TimmClassifier(BaseModel):
         in_channels: int = 3,
         image_size: int = 224,
         dropout: float | None = None,
+        **options: Any,
     ):
         super().__init__()
-        options: dict[str, Any] = {} if dropout is None else {"drop_rate": dropout}
+        if dropout is not None:
+            options["drop_rate"] = dropout
         if known(architecture).fixed_input_size:
             options["img_size"] = image_size
         self.net = timm().create_model(architecture, num_classes=num_classes, in_chans=in_channels, **options)
@@ -61,6 +66,12 @@ def timm() -> Any:
 def known(architecture: str) -> Any:
     """What timm knows of an architecture's weights: input_size, fixed_input_size, mean, std, ..."""
     return timm().get_pretrained_cfg(architecture)
+
+
+def parameters(name: str) -> Parameters:
+    """What timm's own architecture may be told."""
+    entry = timm().model_entrypoint(name.removeprefix(PREFIX))
+    return parameters_of_module(sys.modules[entry.__module__])
 
 
 def check_name(name: str) -> None:

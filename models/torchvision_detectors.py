@@ -6,6 +6,7 @@ pyramid. Families: fcos, retinanet, fasterrcnn. torchvision's losses are normali
 
 from __future__ import annotations
 
+from inspect import Parameter
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,9 +15,17 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from models.arguments import Parameters, parameters_of
 from models.base_model import BaseModel, ModelError
 
+LEVELS = 5  # of the pyramids below
+SMALL = 256  # pixels
 FAMILIES = {"fcos": detection.FCOS, "retinanet": detection.RetinaNet, "fasterrcnn": detection.FasterRCNN}
+DETECTORS = FAMILIES | {"ssd": detection.ssd.SSD}  # by the beginning of their names
+OF_ANCHORS = ("retinanet", "fasterrcnn")  # FCOS has its anchors for scales alone
+# arguments that are no values
+MODULES = ("anchor_generator", "rpn_anchor_generator", "head", "rpn_head", "box_roi_pool", "box_head", "box_predictor",
+           "proposal_matcher")  # fmt: skip
 WITH_BACKGROUND = ("fasterrcnn", "ssd")  # whose class 0 is none of the user's
 FIXED_SIZES = {"ssdlite320": 320, "ssd300": 300}
 OTHER_TASKS = ("maskrcnn", "keypointrcnn")
@@ -25,8 +34,9 @@ OTHER_TASKS = ("maskrcnn", "keypointrcnn")
 class TorchvisionDetector(BaseModel):
     """A torchvision detector behind our normalisation; see models/detection.py for `forward`.
 
-    anchor_sizes: pixels, for each level of the pyramid one (FCOS) or several sides; torchvision's own where None.
-    options: more arguments of torchvision's class, `score_thresh` for example.
+    anchor_sizes: pixels, for each of the five levels of the pyramid a side, or a list of sides; where None, those of
+    torchvision, which are halved for pictures of less than 256 px. options: more arguments of torchvision's class,
+    `score_thresh` for example; with `min_size` it enlarges the square that it is given.
     """
 
     loss_in_evaluation, loss_is_mean_over_samples = False, False
@@ -37,14 +47,15 @@ class TorchvisionDetector(BaseModel):
         num_classes: int,
         in_channels: int = 3,
         image_size: int = 224,
-        anchor_sizes: list[list[int]] | None = None,
-        options: dict[str, Any] | None = None,
+        anchor_sizes: list[int] | list[list[int]] | None = None,
+        **options: Any,
     ):
         super().__init__()
         self.first_class = int(architecture.startswith(WITH_BACKGROUND))
-        settings = dict(options or {})
+        settings = dict(options)
+        side = options.get("min_size", options.get("max_size", image_size))
         if not architecture.startswith(tuple(FIXED_SIZES)):
-            settings |= {"min_size": image_size, "max_size": image_size}
+            settings = {"min_size": side, "max_size": side} | settings
         settings |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}  # BaseModel normalises
         count = num_classes + self.first_class
         family, _, backbone = architecture.partition("/")
@@ -57,6 +68,8 @@ class TorchvisionDetector(BaseModel):
         else:
             plain = {"weights": None, "weights_backbone": None}
             self.net = detection.__dict__[architecture](num_classes=count, **plain, **settings)
+        if anchor_sizes is None and architecture.startswith(OF_ANCHORS) and side < SMALL:
+            halve_anchors(self.net)
 
     @property
     def dim(self) -> int:
@@ -90,10 +103,33 @@ def pyramid(family: str, name: str) -> nn.Module:
     return resnet_fpn_backbone(backbone_name=name, **more)
 
 
-def anchors(family: str, sizes: list[list[int]]) -> dict[str, Any]:
+def anchors(family: str, sizes: list[int] | list[list[int]]) -> dict[str, Any]:
+    """The argument of a family that holds its anchors."""
+    sides = [tuple(level) if isinstance(level, list) else (level,) for level in sizes]
+    if len(sides) != LEVELS or (family == "fcos" and any(len(level) != 1 for level in sides)):
+        each = "one side" if family == "fcos" else "a side or a list of sides"
+        raise ModelError(f"anchor_sizes is {sizes}: {family} needs {each} for each of its {LEVELS} levels")
     ratios = (1.0,) if family == "fcos" else (0.5, 1.0, 2.0)
-    made = AnchorGenerator(tuple(map(tuple, sizes)), (ratios,) * len(sizes))
+    made = AnchorGenerator(tuple(sides), (ratios,) * len(sides))
     return {"rpn_anchor_generator" if family == "fasterrcnn" else "anchor_generator": made}
+
+
+def halve_anchors(net: nn.Module) -> None:
+    """torchvision's are made for pictures of 800 px: from 32 px on, which is half of a small picture's side."""
+    holder: Any = net.rpn if hasattr(net, "rpn") else net
+    own = holder.anchor_generator
+    holder.anchor_generator = AnchorGenerator(
+        tuple(tuple(side / 2 for side in level) for level in own.sizes), own.aspect_ratios
+    )
+
+
+def parameters(name: str) -> Parameters:
+    """What torchvision's own detector may be told."""
+    family = next(detector for prefix, detector in DETECTORS.items() if name.startswith(prefix))
+    found = {n: p for n, p in parameters_of(family, with_default=True).items() if n not in MODULES}
+    for size in found.keys() & {"min_size", "max_size"}:  # by default --image_size
+        found[size] = found[size].replace(annotation=int, default=Parameter.empty)
+    return found
 
 
 def torchvision_names() -> list[str]:

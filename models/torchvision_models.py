@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
+from models.arguments import Parameters, parameters_of_module
 from models.base_model import BaseModel, ModelError
 
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel, of 0..1
@@ -19,7 +21,8 @@ SMALL = 64  # pixels; below, a ResNet's first layers would leave next to nothing
 
 
 class TorchvisionClassifier(BaseModel):
-    """A torchvision architecture with random weights, behind our normalisation."""
+    """A torchvision architecture with random weights, behind our normalisation. options: more of torchvision's own
+    arguments, stochastic_depth_prob for example."""
 
     def __init__(
         self,
@@ -28,10 +31,11 @@ class TorchvisionClassifier(BaseModel):
         in_channels: int = 3,
         image_size: int = 224,
         dropout: float | None = None,
+        **options: Any,
     ):
         super().__init__()
         self.net = torchvision_models.get_model(
-            architecture, num_classes=num_classes, **builder_options(architecture, image_size, dropout)
+            architecture, num_classes=num_classes, **builder_options(architecture, image_size, dropout), **options
         )
         self.new_layers: list[str] = []
         if isinstance(self.net, torchvision_models.ResNet) and image_size < SMALL:
@@ -108,6 +112,11 @@ def builder_options(architecture: str, image_size: int, dropout: float | None) -
             raise ModelError(f"{architecture} has no dropout to set: leave --dropout out, or choose another --model")
         options["dropout"] = dropout
     return options
+
+
+def parameters(architecture: str) -> Parameters:
+    """What torchvision's own architecture may be told."""
+    return parameters_of_module(sys.modules[torchvision_models.get_model_builder(architecture).__module__])
 
 
 def takes_dropout(architecture: str) -> bool:

@@ -19,7 +19,7 @@ from data.stream import Stream
 from models.summary import cost, summarize
 from scripts import preflight
 from scripts.report import leave
-from scripts.wiring import build_trainer, device_name, outline
+from scripts.wiring import build_trainer, device_name, outline, titled
 from trainer import signals
 from trainer.base_trainer import BaseTrainer
 from trainer.optim import peak_lr
@@ -73,7 +73,7 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     found = cost(model, *at)
     trainer.forward_flops = found.convolution_flops, found.flops - found.convolution_flops
     print(f"run       {trainer.run.path}")
-    print(f"model     {config.model}: {summarize(model, *at, found)}")
+    print(f"model     {titled(config)}: {summarize(model, *at, found)}")
     for line in trainer.plain_model.origin:
         print(f"          {line}")
     print(f"data      {data.name}: {sizes}; {data.kind}")

@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
 
     try:
         from models.summary import summarize
-        from scripts.wiring import build_data, build_model, check_names
+        from scripts.wiring import build_data, build_model, check_names, titled
 
         check_names(config)
         config, data, lines = build_data(config)
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
             if name and own and depth < 3:
                 print(f"{'  ' * depth}{name:<{36 - 2 * depth}} {type(part).__name__:<24} {own:>12,}")
         batch = min(config.micro_batch_size, config.batch_size)
-        print(f"{config.model}: {summarize(model, data.info.channels, data.image_size, batch)}")
+        print(f"{titled(config)}: {summarize(model, data.info.channels, data.image_size, batch)}")
         print(*lines, sep="\n", end="\n" if lines else "")
         return 0
     except Exception as error:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from configs import model_args
 from configs.errors import ConfigError, nearest
 from configs.options import Config
 from data.dataset import Data, load_data, with_cache
@@ -18,7 +20,7 @@ from data.loader import eval_loader, train_loader
 from data.order import Use, mix, seed_cpu
 from models import BaseModel, ModelError
 from models.load import load, load_weights_into
-from models.model import build, check_name, input_size
+from models.model import build, check_model_args, check_name, input_size
 from models.pretrained import begin_from
 from models.recompute import recompute_blocks
 from models.views import MeanOfViews
@@ -50,14 +52,18 @@ def check_names(config: Config) -> None:
     if config.task and config.task not in TRAINERS:
         raise ConfigError(f"--task {config.task} does not exist", fix=nearest(config.task, list(TRAINERS)))
     if config.model:
-        check_model(config.model, config.task)
+        check_model(config.model, config)
 
 
-def check_model(name: str, task: str | None) -> None:
+def check_model(name: str, config: Config) -> None:
     try:
-        check_name(name, task)
+        check_name(name, config.task)
     except ModelError as error:
         raise ConfigError(f"--model {name}: {error}") from None
+    try:
+        check_model_args(name, model_args.read(config.model_args))
+    except ModelError as error:
+        raise ConfigError(f"--model_args: {error}") from None
 
 
 def completed(config: Config, kind: Labels) -> Config:
@@ -75,14 +81,14 @@ def completed(config: Config, kind: Labels) -> Config:
         raise ConfigError("--auto_micro_batch cuts a batch that the contrastive loss needs whole", fix="leave it out")
     if kind.name == "boxes" and config.cache != "none":
         raise ConfigError("--cache keeps pictures at another size, whose boxes it does not know", fix="leave it out")
-    model = config.model or trainer.default_model
-    check_model(model, task)
-    return replace(
+    config = replace(
         config,
         task=task,
         labels=kind.name,  # type: ignore[arg-type]
-        model=model,
+        model=config.model or trainer.default_model,
     )
+    check_model(str(config.model), config)
+    return config
 
 
 def build_data(config: Config, *, shown: bool = True) -> tuple[Config, Data, list[str]]:
@@ -104,8 +110,8 @@ def build_model(config: Config, data: Data) -> BaseModel:
     config = completed(config, data.kind)
     assert config.model is not None and config.task is not None
     seed_cpu(mix(config.seed, Use.WEIGHTS))
-    model = build(
-        config.model,
+    model = built(
+        config,
         **data.kind.model_args,
         in_channels=data.info.channels,
         image_size=data.image_size,
@@ -128,6 +134,24 @@ def build_model(config: Config, data: Data) -> BaseModel:
     if config.gradient_checkpointing:
         recompute_blocks(model)
     return model.double() if config.dtype == "float64" else model
+
+
+def built(config: Config, **given: Any) -> BaseModel:
+    """The model with --model_args. Raises ConfigError where they are no sizes it can be built with."""
+    try:
+        return build(str(config.model), **given, **model_args.read(config.model_args))
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:
+        if not config.model_args:
+            raise
+        words = " ".join(config.model_args)
+        raise ConfigError(f"--model {config.model} cannot be built with --model_args {words}: {error}") from error
+
+
+def titled(config: Config) -> str:
+    """The model's name with the arguments that are not its own defaults."""
+    return " ".join([str(config.model), *config.model_args])
 
 
 def outline(config: Config, data: Data) -> BaseModel:
