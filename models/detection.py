@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import interpolate
-from torchvision.ops import batched_nms, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import batched_nms, sigmoid_focal_loss
 
 from models.base_model import BaseModel
 from models.torchvision_detectors import TorchvisionDetector, torchvision_names
@@ -169,7 +169,7 @@ def detection_losses(
     cross_entropy = functional.binary_cross_entropy_with_logits
     sums = {
         "class": sigmoid_focal_loss(classes_BPC, wanted_BPC, alpha=-1).sum(2),
-        "box": generalized_box_iou_loss(boxes_BP4, wanted_BP4) * positive_BP,
+        "box": generalized_iou_losses(boxes_BP4, wanted_BP4) * positive_BP,
         "centre": cross_entropy(centre_BP, centrality_BP, reduction="none") * positive_BP,
     }
     positives_B = positive_BP.sum(1).clamp(min=1)
@@ -177,6 +177,25 @@ def detection_losses(
     return {"loss": torch.stack(list(parts.values())).sum()} | {f"loss/{n}": part.detach() for n, part in parts.items()}
 
 
+def generalized_iou_losses(found_BP4: Tensor, true_BP4: Tensor) -> Tensor:
+    """[B, P], of boxes xyxy (Rezatofighi et al. 2019, https://arxiv.org/abs/1902.09630). torchvision's own picks out
+    the pairs that overlap, for which a device has to be waited for, and which cannot be compiled."""
+    low_BP2 = torch.maximum(found_BP4[..., :2], true_BP4[..., :2])
+    high_BP2 = torch.minimum(found_BP4[..., 2:], true_BP4[..., 2:])
+    around_BP4 = torch.cat(
+        [torch.minimum(found_BP4[..., :2], true_BP4[..., :2]), torch.maximum(found_BP4[..., 2:], true_BP4[..., 2:])], 2
+    )
+    found_BP, true_BP, around_BP = map(area, (found_BP4, true_BP4, around_BP4))
+    both_BP = (high_BP2 - low_BP2).clamp(min=0).prod(2)
+    union_BP = found_BP + true_BP - both_BP
+    return 1 - both_BP / (union_BP + 1e-7) + (around_BP - union_BP) / (around_BP + 1e-7)
+
+
+def area(boxes_BP4: Tensor) -> Tensor:
+    return (boxes_BP4[..., 2:] - boxes_BP4[..., :2]).prod(2)
+
+
+@torch.compiler.disable  # how many are found is known only then
 def best(boxes_P4: Tensor, scores_PC: Tensor, height: int, width: int) -> dict[str, Tensor]:
     """The detections of one image: of boxes of one class that overlap, the one with the highest score."""
     scores, places = scores_PC.flatten().topk(min(CANDIDATES, scores_PC.numel()))

@@ -21,13 +21,19 @@ from models.blocks import blocks
 M = TypeVar("M", bound=nn.Module)
 
 
-def recompute_blocks(model: nn.Module) -> None:
-    """Let every block of a model compute twice and keep little. Raises ModelError where there is none."""
+def recompute_blocks(model: nn.Module, *, compiled: bool = False) -> None:
+    """Let every block of a model compute twice and keep little. Raises ModelError where there is none, or where
+    torch.compile would move BatchNorm's statistics twice."""
     found = list(blocks(model))
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no blocks that --gradient_checkpointing could compute twice: modules with "
             "layers of their own in an nn.Sequential or nn.ModuleList"
+        )
+    if compiled and any(map(norms_of, found)):
+        raise ModelError(
+            f"--compile and --gradient_checkpointing cannot be had together for {type(model).__name__}, whose blocks "
+            "have BatchNorm: compiled, its running statistics would move twice a step"
         )
     for block in found:
         block.forward = functools.partial(keeping_little, block, block.forward)  # unlike a function, copied with it
@@ -50,8 +56,14 @@ def computing_once(model: M) -> M:
 def keeping_little(block: nn.Module, forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*given, **named)
+    if not norms_of(block):  # torch.compile takes no contexts of ours
+        return checkpoint(forward, *given, use_reentrant=False, **named)
     contexts = functools.partial(first_and_second, block)
     return checkpoint(forward, *given, use_reentrant=False, context_fn=contexts, **named)
+
+
+def norms_of(block: nn.Module) -> list[_NormBase]:
+    return [module for module in block.modules() if isinstance(module, _NormBase)]
 
 
 def first_and_second(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -61,7 +73,7 @@ def first_and_second(block: nn.Module) -> tuple[AbstractContextManager[None], Ab
 @contextmanager
 def statistics_stand_still(block: nn.Module) -> Iterator[None]:
     """BatchNorm would move its running statistics in the second computation, too."""
-    norms = [module for module in block.modules() if isinstance(module, _NormBase)]
+    norms = norms_of(block)
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0

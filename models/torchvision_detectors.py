@@ -78,6 +78,10 @@ class TorchvisionDetector(BaseModel):
     def init_weights(self) -> None:
         """torchvision has initialised all by each architecture's own rule."""
 
+    def compile(self, *given: Any, **named: Any) -> None:
+        """The backbone alone: what follows depends on what is found, and would be compiled again and again."""
+        self.net.backbone.compile(*given, **named)
+
     def forward(self, images_BCHW: Tensor, boxes_BM4: Tensor | None = None, labels_BM: Tensor | None = None) -> Any:
         images = self.normalize(images_BCHW).expand(-1, 3, -1, -1)
         if self.training and (boxes_BM4 is None or labels_BM is None):

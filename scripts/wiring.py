@@ -132,7 +132,7 @@ def build_model(config: Config, data: Data) -> BaseModel:
     if config.pretrained:
         begin_from(model, config.pretrained)
     if config.gradient_checkpointing:
-        recompute_blocks(model)
+        recompute_blocks(model, compiled=config.compile)
     return model.double() if config.dtype == "float64" else model
 
 

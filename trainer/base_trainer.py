@@ -64,7 +64,8 @@ class BaseTrainer(Task):
         self.processes = Processes(self.accelerator)
         self.reduce = self.processes.reduce
         self.batch_sizes = BatchSizes.of(config)
-        check_shares(self.batch_sizes, self.processes.number)
+        if train_loader is not None:
+            check_shares(self.batch_sizes, self.processes.number)
 
         from_main = self.processes.from_main
         self.run = run_folder.RunFolder(from_main(lambda: run_folder.find(config)), writes=self.is_main)
