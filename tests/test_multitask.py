@@ -322,9 +322,8 @@ def weights_of(run: Path) -> torch.Tensor:
     return torch.cat([tensor.double().flatten() for _, tensor in sorted(load_file(file).items())])
 
 
-@pytest.mark.parametrize(
-    "flags", [("--class_weights", "balanced"), pytest.param(("--streaming",), marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("flags", [("--class_weights", "balanced"), ("--streaming",)])
 def test_processes_and_micro_batches_change_nothing(parquet, tmp_path, flags):
     one = train(tmp_path, "one", parquet, *flags)
     two = train(tmp_path, "two", parquet, *flags, "--micro_batch_size", "4", processes=2)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from configs.flags_table import BEGIN, END, table
+from tests import guarantees, test_guarantees
 from tests.conftest import ROOT, lines_of, run_script
 from trainer.run_folder import MAY_CHANGE
 
@@ -26,6 +27,22 @@ CHANGES = {
 def test_the_table_of_flags_is_that_of_the_config():
     inside = README.split(BEGIN)[1].split(END)[0]
     assert inside.strip() == table().strip(), "run: python -m configs.flags_table README.md"
+
+
+def test_the_table_of_trainers_has_a_cell_for_each_trainer_and_test():
+    """The cells were written by the tests themselves; a test that was missing or had failed would show."""
+    made = README.split(guarantees.BEGIN)[1].split(guarantees.END)[0].strip()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in made.splitlines()]
+    again = "run: python -m tests.guarantees README.md"
+    assert rows[0] == ["trainer", "labels", *guarantees.COLUMNS], again
+    assert [tuple(row[:2]) for row in rows[2:]] == guarantees.NAMES, again
+    assert all(cell and cell != guarantees.MISSING for row in rows for cell in row), again
+    tests = {name for name in vars(test_guarantees) if name.startswith("test_")}
+    assert tests == {guarantees.test_name(column) for column in guarantees.COLUMNS}
+
+
+def test_the_task_that_is_shown_is_the_one_that_runs():
+    assert f"```python\n{(ROOT / 'trainer' / 'contrastive_trainer.py').read_text()}```" in README
 
 
 def test_the_two_commands_stand_first():

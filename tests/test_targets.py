@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Features, List, Value
-from safetensors.torch import load_file
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -22,7 +17,6 @@ from sklearn.metrics import (
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
-import models
 from configs.arguments import make_config
 from configs.dataset_info import DatasetInfo
 from configs.errors import ConfigError, DataError
@@ -31,8 +25,7 @@ from data.described import described
 from data.kinds import open_labels
 from data.labels import ClassLabels
 from data.targets import MultiLabels, NumberLabels
-from tests.conftest import ROOT
-from tests.tiny import TinyNet, distance, tiny_trainer, weights
+from tests.tiny import TinyNet, tiny_trainer, weights
 from trainer.row_metrics import RowMetrics
 from trainer.targets import target_of
 
@@ -223,25 +216,6 @@ def test_micro_batches_change_nothing_under_class_weights(tmp_path):
         trainer.train()
         ends.append(weights(trainer))
     assert all((end - ends[0]).norm() / ends[0].norm() < 1e-12 for end in ends[1:])
-
-
-def test_processes_change_nothing_under_class_weights(tmp_path):
-    flags = (
-        "--class_weights balanced --mixup 0.2 --max_steps 4 --dtype float64 --optimizer sgd --lr 0.1 --dropout 0 "
-        f"--cpu_threads 1 --output_dir {tmp_path}"
-    ).split()
-    ends = []
-    for name, launcher in (("one", []), ("two", "-m torch.distributed.run --standalone --nproc_per_node 2".split())):
-        micro = ["--micro_batch_size", "4"] if launcher else []
-        command = [sys.executable, *launcher, "scripts/train.py", *flags, "--experiment_name", name, *micro]
-        env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, timeout=300)
-        ends.append(
-            torch.cat([w.flatten() for w in load_file(tmp_path / name / "best" / "model.safetensors").values()])
-        )
-    assert distance(ends[1], ends[0]) < 1e-9
-    facts = models.load(str(tmp_path / "one")).labels
-    assert facts["kind"] == "classes" and 0.9 < min(facts["weights"]) < max(facts["weights"]) < 1.1
 
 
 def test_the_rarest_class_and_tenths_are_what_a_split_keeps_the_shares_of():

@@ -85,8 +85,5 @@ class ContrastiveTrainer(MainTrainer):
     def kept(self, predictions: Any, batch: Batch) -> tuple[Tensor, ...]:
         return ()
 
-    def hits(self, *kept: Any) -> dict[str, Tensor]:
-        return {}
-
     def val_metric_names(self) -> list[str]:
         return NAMES

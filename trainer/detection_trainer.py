@@ -74,9 +74,6 @@ class DetectionTrainer(MainTrainer):
     def kept(self, predictions: Any, batch: Batch) -> tuple[Tensor, ...]:
         return ()
 
-    def hits(self, *kept: Any) -> dict[str, Tensor]:
-        return {}
-
     def val_metric_names(self) -> list[str]:
         return [*DetectionMetrics.NAMES, *(["loss"] if self.plain_model.loss_in_evaluation else [])]
 
