@@ -25,6 +25,8 @@ from trainer.base_trainer import BaseTrainer
 # 6 steps an epoch, averaging, clipping, accumulation at work; the last epoch is the second, which draws anew
 COMPARED = "--split 0.4 0.2 0.4 --epochs 2 --ema_decay 0.9 --grad_clip 2 --trace_samples"
 FLOAT64 = "--dtype float64 --optimizer sgd --lr 0.05"  # plain gradient descent hides no scale
+# evaluations decide the learning rate of the third epoch, and that there is no fourth
+LISTENING = "--epochs 4 --scheduler plateau --decay_epochs 1 --early_stopping --patience 2 --min_delta 100"
 
 Name = tuple[str, str]
 
@@ -96,23 +98,25 @@ def of_two_processes(pictures, tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("two")
     command = [*"-m torch.distributed.run --standalone --nproc_per_node 2 tests/tasks.py".split(), pictures, folder]
     done = subprocess.run(
-        [sys.executable, *map(str, command), *COMPARED.split(), *FLOAT64.split()], cwd=ROOT, text=True, timeout=300,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, capture_output=True, check=False,
+        [sys.executable, *map(str, command), *f"{COMPARED} {FLOAT64} {LISTENING}".split()], cwd=ROOT, text=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300,
+        check=False,
     )  # fmt: skip
     return folder, done.stderr[-3000:]
 
 
 def test_2_processes_equal_1(name, task, pictures, of_two_processes, tmp_path, record_property):
-    """In float64: weights, their averages, samples, and all that is logged."""
+    """In float64: weights, their averages, samples, all that is logged, and when it is enough."""
     folder, said = of_two_processes
     two = folder / "-".join(name)
     assert (two / "best").is_dir(), said
-    one = prepared(name, pictures, tmp_path / "one", COMPARED, FLOAT64, task.more)
+    one = prepared(name, pictures, tmp_path / "one", COMPARED, FLOAT64, LISTENING, task.more)
     one.train()
     difference = apart(one.run.path, two, "model.safetensors")
     record_property("shown", f"{difference:.0e}" if difference else "to the last bit")
     assert difference <= 1e-9
     check_alike(one.run.path, two, 1e-9)
+    assert one.state.step == 18 and one.finished
     assert '"processes": 2' in (two / "env.json").read_text()
 
 

@@ -53,7 +53,7 @@ class Task(ABC):
         return 0 if "valid" in batch else samples_in(batch)
 
     def kept(self, predictions: Any, batch: Batch) -> tuple[Tensor, ...]:
-        """What `hits` needs of each sample, tensors [B, ...]; kept on the device until the next log line. (): nothing."""
+        """What `hits` needs of each sample, tensors [B, ...]; kept on the device until the next log line."""
         return ()
 
     def hits(self, *kept: Any) -> dict[str, Tensor]:
