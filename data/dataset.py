@@ -12,11 +12,14 @@ from configs.options import Config
 from data import hub
 from data.captions import CaptionLabels
 from data.decode import decode
+from data.embedded import SOURCES
 from data.labels import Labels
 from data.sequential import SequentialStream
 from data.split import Split
 from data.streamed import streamed_splits
 from data.whole import whole_splits
+
+OF_TABLES = ("image_column", "label_column", "label_columns")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,12 @@ class Data:
 def load_data(config: Config, *, test: bool = False) -> Data:
     """Open the sources and cut the splits. Raises DataError before anything is trained on."""
     name = config.train_data_dir or hub.title(config)
+    given = [option for option in OF_TABLES if getattr(config, option)]
+    if given and name in SOURCES and not config.data_files:
+        raise ConfigError(
+            f"--{given[0]} names columns of a Hugging Face dataset, and {name} is embedded: it has none",
+            fix="leave it out",
+        )
     info = find_dataset_info(config.dataset) if name == config.dataset else None
     splits = (streamed_splits if config.streaming else whole_splits)(config, info, test=test)
     held_out = len(splits["test"]) if "test" in splits else 0

@@ -25,8 +25,8 @@ freeze_epochs fresh grad_clip gradient_checkpointing group_column hub_model_id i
 keep_last label_column label_columns label_smoothing labels layer_decay log_every loss_weights lr lr_scale
 max_bad_fraction max_nonfinite max_steps micro_batch_size min_delta mix_datasets mix_off_epoch mix_weights
 mixed_precision mixup model model_args momentum monitor monitor_mode nonfinite num_classes num_workers optimizer
-output_dir patience pretrained push_to_hub random_erasing resume sampling save_every_minutes save_every_steps scheduler seed
-shuffle_buffer split split_seed stop_after_steps streaming swa_lr swa_start_epoch sync_batch_norm task teacher
+output_dir patience pretrained push_to_hub random_erasing resume sampling save_every_minutes save_every_steps scheduler
+seed shuffle_buffer split split_seed stop_after_steps streaming swa_lr swa_start_epoch sync_batch_norm task teacher
 test_data_dir trace_samples train_data_dir use_multigpu use_tensorboard use_wandb val_data_dir wandb_project
 warmup_steps weight_decay weights
 """.split()
