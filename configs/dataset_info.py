@@ -20,6 +20,7 @@ class DatasetInfo:
     image_column: str | None = None
     label_column: str | None = None
     horizontal_flip: bool = True
+    zoom: bool = True  # `--augment default` may show pictures with boxes larger and smaller than they are
     labels: str | None = None  # of data/kinds.py; None: from the columns
 
     @property
@@ -31,7 +32,7 @@ DATASETS = {
     "digits": DatasetInfo(None, (0.305,), (0.376,), 10, 8, horizontal_flip=False),
     "digit_captions": DatasetInfo(None, (0.075,), (0.228,), None, 24, horizontal_flip=False, labels="captions"),
     "digit_ink": DatasetInfo(None, (0.305,), (0.376,), None, 8, horizontal_flip=False, labels="several"),
-    "digit_scenes": DatasetInfo(None, (0.099,), (0.235,), 10, 64, horizontal_flip=False, labels="boxes"),
+    "digit_scenes": DatasetInfo(None, (0.099,), (0.235,), 10, 64, horizontal_flip=False, zoom=False, labels="boxes"),
     "mnist": DatasetInfo("ylecun/mnist", (0.1307,), (0.3081,), 10, 28, "image", "label", False),
     "fashion_mnist": DatasetInfo("zalando-datasets/fashion_mnist", (0.2860,), (0.3530,), 10, 28, "image", "label"),
     "cifar10": DatasetInfo(

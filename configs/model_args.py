@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 import yaml
@@ -75,7 +74,10 @@ def value_of_node(node: Node | None, what: str) -> Any:
         assert isinstance(node, ScalarNode)
         return scalar(node)
 
-    return None if node is None else value(node)
+    try:
+        return None if node is None else value(node)
+    except RecursionError:
+        raise ConfigError(f"{what} is too large a value") from None
 
 
 def scalar(node: ScalarNode) -> Any:
@@ -91,6 +93,6 @@ def scalar(node: ScalarNode) -> Any:
             number = kind(node.value)
         except ValueError:
             continue
-        if math.isfinite(number):
+        if float("-inf") < number < float("inf"):
             return number
     return node.value

@@ -126,8 +126,9 @@ class WithBoxes(torch.nn.Module):
         return self.transform(sample) if len(sample["labels"]) else sample
 
 
-def train_box_transform(config: Config, image_size: int, horizontal_flip: bool) -> BoxTransform:
-    """`default`: zoom out, a crop that keeps boxes (Liu et al. 2016, https://arxiv.org/abs/1512.02325), and a flip."""
+def train_box_transform(config: Config, image_size: int, horizontal_flip: bool, zoom: bool) -> BoxTransform:
+    """`default`: zoom out, a crop that keeps boxes (Liu et al. 2016, https://arxiv.org/abs/1512.02325), and a flip,
+    where the dataset allows them. Boxes come at 2/3 to twice their size: that is its scale jitter."""
     if config.augment not in ("none", "default"):
         raise ConfigError(
             f"--augment {config.augment} moves pixels and not the boxes with them", fix="--augment default, or none"
@@ -135,7 +136,9 @@ def train_box_transform(config: Config, image_size: int, horizontal_flip: bool) 
     erasing = v2.RandomErasing(config.random_erasing) if config.random_erasing else None
     moves: list[Any] = []
     if config.augment == "default":
-        moves = [v2.RandomZoomOut(0, side_range=(1.0, 1.5), p=0.3), WithBoxes(v2.RandomIoUCrop(**CROP))]
+        moves += (
+            [v2.RandomZoomOut(0, side_range=(1.0, 1.5), p=0.3), WithBoxes(v2.RandomIoUCrop(**CROP))] if zoom else []
+        )
         moves += [v2.RandomHorizontalFlip()] if horizontal_flip else []
     resize = v2.Resize((image_size, image_size), antialias=True)
     return BoxTransform(image_size, v2.Compose([*moves, resize, v2.SanitizeBoundingBoxes(min_size=SMALLEST)]), erasing)

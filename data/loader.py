@@ -230,7 +230,7 @@ def train_loader(config: Config, data: Data, process: int = 0, processes: int = 
             rare_C = rare_classes(split.labels, len(data.classes))
     flip = data.info.horizontal_flip
     if data.kind.name == "boxes":
-        return loader(config, split, order, train_box_transform(config, data.image_size, flip))
+        return loader(config, split, order, train_box_transform(config, data.image_size, flip, data.info.zoom))
     return loader(config, split, order, train_transform(config, data.image_size, flip, rare_C))
 
 

@@ -31,7 +31,7 @@ from scripts import logins
 from scripts.audit import classes_found, pictures_found
 from scripts.report import met_by_all, told
 from scripts.wiring import build_model, build_trainer
-from trainer import checkpoint, freezing, micro_batch, run_folder, saving, signals, starting
+from trainer import checkpoint, freezing, micro_batch, run_folder, saving, signals, starting, swa
 from trainer.base_trainer import BaseTrainer
 from trainer.device import make_accelerator
 from trainer.sharding import part
@@ -70,6 +70,8 @@ def check(config: Config) -> int:
             free_bytes = shutil.disk_usage(folder).free
             starting.open_run(trainer)
             seconds = report.check("step", lambda: step_found(trainer), together=True)
+            if swa.has_statistics(trainer):
+                report.check("averaging", lambda: statistics_found(trainer), together=True)
             report.check("evaluation", lambda: evaluation_found(trainer), together=True)
             saved = report.check("checkpoint", lambda: checkpoint_found(trainer, data), together=True)
             if trainer.is_main:
@@ -217,6 +219,16 @@ def step_found(trainer: Any) -> tuple[str, float]:
         peak, there = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
         text += f", peak memory {size(peak)} of {size(there)}"
     return text, seconds
+
+
+def statistics_found(trainer: Any) -> tuple[str, None]:
+    """SWA's pass for BatchNorm's statistics, one micro-batch of it."""
+    begin = time.perf_counter()
+    trainer.train_loader.set_position(trainer.state.epoch, 0)
+    batches = list(islice(trainer.train_loader, 1))
+    swa.measure_statistics(trainer, batches)
+    samples = samples_in(as_dict(batches[0]))
+    return f"BatchNorm's statistics on {samples} samples in {time.perf_counter() - begin:.2g} s", None
 
 
 def evaluation_found(trainer: BaseTrainer) -> tuple[str, None]:

@@ -159,7 +159,7 @@ def test_coco_voc_and_hub_hold_the_same(tmp_path, form):
 
 def test_a_crop_and_a_flip_take_the_boxes_along():
     """Where a box is, its object is: bright inside, dark outside."""
-    transform = train_box_transform(config(augment="default"), 32, horizontal_flip=True)
+    transform = train_box_transform(config(augment="default"), 32, horizontal_flip=True, zoom=True)
     pixels = torch.zeros(3, 60, 80, dtype=torch.uint8)
     pixels[:, 10:40, 20:30] = 200
     label, flipped = Boxes(np.array([[20, 10, 30, 40]], np.float32), np.array([1])), set()
@@ -178,7 +178,7 @@ def test_a_crop_and_a_flip_take_the_boxes_along():
 
 
 def test_a_picture_without_boxes_is_augmented_as_well():
-    transform = train_box_transform(config(augment="default"), 32, horizontal_flip=True)
+    transform = train_box_transform(config(augment="default"), 32, horizontal_flip=True, zoom=True)
     for key in range(10):
         assert len(transform(torch.zeros(1, 20, 20, dtype=torch.uint8), BoxLabels.blank, key, 1)[1]) == 0
 
@@ -209,7 +209,7 @@ def test_processes_and_workers_and_streams_change_no_pixel_and_no_box(tmp_path):
 
 def test_a_policy_that_would_leave_the_boxes_behind_is_refused():
     with pytest.raises(ConfigError, match="--augment trivialaugment moves pixels and not the boxes"):
-        train_box_transform(config(augment="trivialaugment"), 32, horizontal_flip=True)
+        train_box_transform(config(augment="trivialaugment"), 32, horizontal_flip=True, zoom=True)
 
 
 def test_data_without_boxes_or_classes_are_told(tmp_path):

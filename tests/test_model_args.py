@@ -1,115 +1,204 @@
-"""--model_args: what a model is told beyond data and flags."""
+"""`--model_args`: a model's own arguments from flags and files, through saving, loading and resuming."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
-import yaml
+from torch import nn
 
 import models
-from configs import model_args
-from configs.arguments import make_config, parse
+from configs.arguments import make_config, parse, to_yaml
 from configs.errors import ConfigError
-from models import ModelError, build
-from models.model import check_model_args
-from models.torchvision_detectors import TorchvisionDetector
-from scripts.wiring import build_data, build_model
-from tests.conftest import run_script
+from configs.model_args import read
+from data.embedded import SOURCES
+from models import MODELS, BaseModel, build
+from scripts import summary
+from scripts.session import run
+from scripts.wiring import build_data, build_model, check_names
+from trainer.run_folder import check_same_run
 
 
-def model_of(*flags: str) -> models.BaseModel:
-    config, data, _ = build_data(parse([*flags, "--cpu_threads", "1"]), shown=False)
-    return build_model(config, data)
-
-
-def test_flags_and_yaml_say_the_same(tmp_path):
-    file = tmp_path / "wide.yaml"
-    file.write_text("model: grid_cnn\nmodel_args: {width: 16, grid: 2}\n")
+def test_flags_and_a_mapping_in_yaml_are_the_same_options(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("model_args: {width: 64, sizes: [8, 16], name: gelu, scale: 1e-3, text: 'true', none: null}\n")
     config = parse(["--config", str(file)])
-    assert config == parse("--model grid_cnn --model_args width=16 grid=2".split())
-    assert config.model_args == ("width=16", "grid=2")
-    (tmp_path / "again.yaml").write_text(yaml.safe_dump({"model_args": list(config.model_args)}))
-    assert parse(["--config", str(tmp_path / "again.yaml")]).model_args == config.model_args
+    words = ["width=64", "sizes=[8,16]", "name=gelu", "scale=0.001", "text='true'", "none=None"]
+    assert config == parse(["--model_args", *words])
+    assert hash(config) == hash(replace(config))
+    expected = {"width": 64, "sizes": [8, 16], "name": "gelu", "scale": 1e-3, "text": "true", "none": None}
+    assert read(config.model_args) == expected
+    (tmp_path / "b.yaml").write_text(to_yaml(config))
+    assert parse(["--config", str(tmp_path / "b.yaml")]) == config
+    assert parse(["--config", str(file), "--model_args", "width=8"]).model_args == ("width=8",)
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("32", 32), ("1e-3", 0.001), ("0.5", 0.5), ("true", True), ("null", None), ("gelu", "gelu"), ("'7'", "7"),
-     ("[8, 16]", [8, 16]), ("[[4, 8], [16]]", [[4, 8], [16]]), ("{width: 8}", {"width": 8}), ("1:30", "1:30")],
-)  # fmt: skip
-def test_values_are_what_yaml_makes_of_them_and_are_written_to_be_read_again(text, value):
-    words = model_args.written((f"name={text}",))
-    for given in (f"name={text}", *words):
-        found = model_args.read((given,))["name"]
-        assert found == value and type(found) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
     [
-        ("wdth=9", "takes no argument 'wdth' .did you mean width.*; it takes width=32, grid=3"),
-        ("width=many", "width of grid_cnn is 'many', it must be int"),
-        ("width=2.5", "width of grid_cnn is 2.5, it must be int"),
-        ("num_classes=3", "num_classes of grid_cnn is not for --model_args: it comes from the data"),
-        ("dropout=0.5", "comes from --dropout"),
-        ("width=9", "cannot be built with --model_args width=9: num_channels .9. must be divisible"),
-        ("width", "--model_args has 'width'"),
-        ("width=8 width=16", "--model_args has width twice"),
-        ("width=[", "which is no YAML"),
-        ("width=!!python/name:os.system", "the tag .* is not obeyed"),
+        ("1e-3", 1e-3), ("-2", -2), ("0.5", 0.5), ("on", True), ("1:30", "1:30"), ("'8'", "8"), (".inf", ".inf"),
+        ("[a, [1, 2.0], {b: no}]", ["a", [1, 2.0], {"b": False}]), ('"a # b"', "a # b"), ('"1"', "1"),
+        ("9" * 400, 10**400 - 1),
     ],
+)  # fmt: skip
+def test_a_value_is_what_yaml_makes_of_it_and_stays_so(text, value):
+    config = make_config(model_args=(f"x={text}",))
+    assert read(config.model_args) == {"x": value} and type(read(config.model_args)["x"]) is type(value)
+    assert make_config(model_args=config.model_args) == config
+
+
+BOMB = "[&a [1, 1, 1, 1, 1, 1, 1, 1]" + "".join(
+    f", &{b} [{', '.join(['*' + a] * 8)}]" for a, b in zip("abcdefghij", "bcdefghijk")
 )
-def test_what_the_model_does_not_take_is_one_block(words, said):
-    with pytest.raises(ConfigError, match=said):
-        config, data, _ = build_data(make_config(model="grid_cnn", model_args=tuple(words.split())), shown=False)
-        build_model(config, data)
-
-
-def test_a_saved_model_is_rebuilt_with_them_and_a_resume_with_others_is_refused(tmp_path):
-    flags = ["--output_dir", tmp_path, "--experiment_name", "x", "--cpu_threads", 1, "--model", "grid_cnn"]
-    run_script("train.py", *flags, "--model_args", "width=8", "--max_steps", 2)
-    assert models.load(tmp_path / "x").model_args["width"] == 8
-    done = run_script("train.py", *flags, "--model_args", "width=16", "--max_steps", 4, rc=2)
-    assert "model_args" in done.stderr and "width=8" in done.stderr and "width=16" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("name", "given"),
+    ("word", "fault"),
     [
-        ("simple_cnn", {"width": 8}), ("resnet18", {"zero_init_residual": True}),
-        ("timm/resnet18", {"stem_width": 16}), ("small_fcos", {"width": 16, "depth": 1}),
-        ("fcos/resnet18", {"score_thresh": 0.3, "min_size": 80, "max_size": 96}),
+        ("width", "has 'width'"), ("=3", "has '=3'"), ("width=", "has 'width='"), ("a-b=3", "has 'a-b=3'"),
+        ("x=[1", "which is no YAML"), (f"x={BOMB}]", "too large a value"), ("x=&a [*a]", "too large a value"),
+        ("x=!!python/name:os.system y", "is not obeyed"), ("x=hf_" + "aBcDeFgHiJkLmNoPqR" * 2, "holds a token"),
     ],
 )  # fmt: skip
-def test_shipped_models_are_told_what_their_library_takes(name, given):
-    check_model_args(name, given)
-    shape = {"num_classes": 3, "in_channels": 1, "image_size": 64}
-    told, plain = build(name, **shape, **given), build(name, **shape)
-    assert given.items() <= told.model_args.items()
-    again = build(name, **told.model_args)
-    again.load_state_dict(told.state_dict())
-    if "width" in given:
-        assert sum(p.numel() for p in told.parameters()) < sum(p.numel() for p in plain.parameters())
-    with pytest.raises(ModelError, match="takes no argument 'wrong'"):
-        check_model_args(name, {"wrong": 1})
+def test_what_is_no_argument_is_refused(word, fault):
+    with pytest.raises(ConfigError, match=fault.replace("[", r"\[")):
+        make_config(model_args=(word,))
+    with pytest.raises(ConfigError, match="x twice"):
+        make_config(model_args=("x=1", "x=2"))
 
 
-def test_a_clip_tells_its_image_encoder():
-    model = model_of("--dataset", "digit_captions", "--model_args", "width=32", "image_args={width: 8}")
-    assert model.model_args["width"] == 32
-    assert model.image_encoder.model_args["width"] == 8
-    with pytest.raises(ConfigError, match="grid_cnn takes no argument 'wdth'"):
-        model_of("--dataset", "digit_captions", "--model_args", "image_args={wdth: 8}")
+KINDS = {
+    "simple_cnn": ("digits", "simple_cnn", ["width=16"]),
+    "multitask": ("digit_ink", "grid_cnn", ["width=16", "grid=2"]),
+    "torchvision": ("digits", "mobilenet_v3_small", ["width_mult=0.5"]),
+    "clip": ("digit_captions", "clip/grid_cnn", ["embedding=24", "width=32", "layers=1", "image_args={width: 8}"]),
+    "small_fcos": ("digit_scenes", "small_fcos", ["width=16", "depth=1"]),
+    "anchors": ("digit_scenes", "fasterrcnn/resnet18", ["anchor_sizes=[8,16,32,64,128]", "box_score_thresh=0.3"]),
+    "timm": ("digits", "timm/vit_tiny_patch16_224", ["depth=2", "drop_path_rate=0.1"]),
+}
 
 
-def test_anchors_are_told_and_small_pictures_have_smaller_ones():
-    def sides(size: int, **given) -> tuple:
-        model = build("retinanet/resnet18", num_classes=3, in_channels=1, image_size=size, **given)
-        assert isinstance(model, TorchvisionDetector)
-        return model.net.anchor_generator.sizes
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_is_built_with_them_saved_with_them_and_loaded_with_them(kind, tmp_path):
+    if kind == "timm":
+        pytest.importorskip("timm")
+    dataset, name, words = KINDS[kind]
+    config = make_config(dataset=dataset, model=name, model_args=tuple(words))
+    plain, data, _ = build_data(replace(config, model_args=()))
+    model = build_model(replace(plain, model_args=config.model_args), data)
+    assert sum(p.numel() for p in model.parameters()) <= sum(p.numel() for p in build_model(plain, data).parameters())
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    assert read(config.model_args).items() <= saved.items()
+    loaded = models.load(str(tmp_path))
+    assert loaded.model_args == model.model_args
+    assert str(loaded) == str(model.eval())
+    assert all(torch.equal(one, other) for one, other in zip(loaded.parameters(), model.parameters(), strict=True))
 
-    large, small = sides(256), sides(64)
-    assert torch.tensor(large).equal(2 * torch.tensor(small)) and large[0][0] == 32
-    assert sides(64, anchor_sizes=[4, 8, 16, 32, 64]) == ((4,), (8,), (16,), (32,), (64,))
-    with pytest.raises(ModelError, match=r"anchor_sizes is \[4, 8\]: retinanet needs .* its 5 levels"):
-        sides(64, anchor_sizes=[4, 8])
+
+@pytest.mark.parametrize(
+    ("model", "words", "fault"),
+    [
+        ("small_fcos", ["widht=32"], r"takes no argument 'widht' \(did you mean width\?\); it takes width=64, depth=2"),
+        ("small_fcos", ["num_classes=3"], "num_classes of small_fcos is not for --model_args: it comes from the data"),
+        ("resnet18", ["image_size=3"], "it comes from --image_size"),
+        ("resnet18", ["dropout=0.3"], "it comes from --dropout"),
+        ("small_fcos", ["width=wide"], "width of small_fcos is 'wide', it must be int; it takes width=64"),
+        ("small_fcos", ["width=true"], "is True, it must be int"),
+        ("mobilenet_v3_small", ["widht_mult=2"], "did you mean width_mult"),  # which torchvision would take
+        ("resnet18", ["replace_stride_with_dilation=[1]"], r"must be Optional\[.*bool"),
+        ("retinanet/resnet18", ["anchor_sises=[8]"], "did you mean anchor_sizes"),
+        ("clip/grid_cnn", ["image_args={widht: 3}"], "grid_cnn takes no argument 'widht'"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_told_with_what_the_model_takes_before_data_are_opened(model, words, fault):
+    with pytest.raises(ConfigError, match=fault):
+        check_names(make_config(model=model, model_args=tuple(words)))
+
+
+def test_sizes_that_cannot_be_built_are_one_line(capsys):
+    assert summary.main(["--model_args", "width=30"]) == 2
+    said = capsys.readouterr().err
+    assert "simple_cnn cannot be built with --model_args width=30: num_channels (30) must be divisible" in said
+    assert "Traceback" not in said
+    assert (
+        summary.main(["--dataset", "digit_scenes", "--model", "fcos/resnet18", "--model_args", "anchor_sizes=[8]"]) == 2
+    )
+    assert "fcos needs one side for each of its 5 levels" in capsys.readouterr().err
+    assert summary.main(["--model_args", "width=16"]) == 0
+    assert "simple_cnn width=16: 72,666 parameters" in capsys.readouterr().out
+
+
+def test_a_run_keeps_them_and_a_resume_with_others_is_refused(tmp_path, capsys):
+    options = {"epochs": 1, "output_dir": str(tmp_path), "experiment_name": "a", "cpu_threads": 1}
+    config = make_config(model_args=("width=16",), stop_after_steps=2, **options)
+    assert run(config) == 75
+    assert "model     simple_cnn width=16:" in capsys.readouterr().out
+    again = parse(["--config", str(tmp_path / "a" / "config.yaml")])
+    assert again.model_args == ("width=16",)
+    assert run(replace(config, stop_after_steps=None)) == 0
+    assert models.load(str(tmp_path / "a")).head.in_features == 64
+    for others in (("width=8",), ()):
+        with pytest.raises(ConfigError, match=r"--model_args was \['width=16'\], now \["):
+            check_same_run(replace(config, model_args=others), tmp_path / "a")
+
+
+class Own(BaseModel):
+    def __init__(self, num_classes: int, in_channels: int = 3, image_size: int = 32, *, width: int, gate: float = 1.0):
+        super().__init__()
+        self.hidden = nn.Linear(in_channels * image_size**2, width)
+        self.head = nn.Linear(width, num_classes)
+
+    dim = 1  # type: ignore[assignment]
+
+    def init_weights(self) -> None:
+        pass
+
+    def forward(self, images_BCHW):
+        return self.head(self.hidden(self.normalize(images_BCHW).flatten(1)))
+
+
+def test_a_model_of_ones_own_takes_what_its_constructor_names(monkeypatch):
+    monkeypatch.setitem(MODELS, "own", Own)
+    config = make_config(model="own", model_args=("width=5", "gate=2"))
+    check_names(config)
+    completed, data, _ = build_data(config)
+    assert build_model(completed, data).hidden.out_features == 5
+    with pytest.raises(ConfigError, match="it takes width, gate=1.0"):
+        check_names(replace(config, model_args=("wide=5",)))
+
+
+@pytest.mark.parametrize("name", ["retinanet/resnet18", "fasterrcnn/resnet18"])
+def test_anchors_fit_the_boxes_of_small_pictures(name):
+    """Of the boxes of digit_scenes, the share that an anchor overlaps by half or more; torchvision's own: 0.18."""
+    from torchvision.models.detection.image_list import ImageList
+    from torchvision.ops import box_iou
+
+    def share(**options) -> float:
+        net = build(name, num_classes=10, image_size=64, **options).net
+        images = torch.zeros(1, 3, 64, 64)
+        maker = net.rpn.anchor_generator if hasattr(net, "rpn") else net.anchor_generator
+        (anchors,) = maker(ImageList(images, [(64, 64)]), list(net.eval().backbone(images).values()))
+        return float((box_iou(boxes, anchors).amax(1) >= 0.5).double().mean())
+
+    boxes = torch.cat([torch.from_numpy(label.boxes_xyxy) for label in SOURCES["digit_scenes"]()["val"].labels])
+    assert share() > 0.8
+    assert share(anchor_sizes=[32, 64, 128, 256, 512]) < 0.2
+    assert share(anchor_sizes=[16, 24, 64, 128, 256]) > 0.8
+
+
+def test_large_pictures_and_enlarged_ones_have_torchvisions_anchors():
+    for options in ({"image_size": 256}, {"image_size": 64, "min_size": 256}, {"image_size": 64, "max_size": 256}):
+        net = build("retinanet/resnet18", num_classes=2, **options).net
+        assert net.anchor_generator.sizes[0] == (32, 40, 50)
+        assert (net.transform.min_size, net.transform.max_size) == ((256,), 256)
+    small = build("retinanet/resnet18", num_classes=2, image_size=255).net
+    assert small.anchor_generator.sizes[0] == (16, 20, 25)
+
+
+def test_columns_of_embedded_data_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="--label_columns names columns .* digit_ink is embedded"):
+        build_data(make_config(dataset="digit_ink", label_columns=("digit", "ink")))

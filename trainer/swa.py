@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -78,11 +78,21 @@ def average_epoch(trainer: BaseTrainer) -> None:
         return
     if not (trainer.exhausted or state.step_in_epoch >= trainer.steps_per_epoch) or not trainer.ema.add_epoch():
         return
-    if not trainer.batch_statistics.running:
+    if not has_statistics(trainer):
         return
     if isinstance(loader, PositionedLoader):
         loader.set_position(state.epoch, 0)
+    measure_statistics(trainer, trainer.polled(loader))
+
+
+def has_statistics(trainer: BaseTrainer) -> bool:
+    """Whether they have to be measured for the mean."""
+    return isinstance(trainer.ema, EpochMean) and bool(trainer.batch_statistics.running)
+
+
+def measure_statistics(trainer: BaseTrainer, batches: Iterable[Any]) -> None:
+    assert isinstance(trainer.ema, EpochMean)
     with trainer.ema.applied():
-        batches = moved_ahead(trainer.polled(loader), trainer.device, trainer.on_device)
-        trainer.batch_statistics.measure(trainer.model, batches, trainer.forward_pass)
+        moved = moved_ahead(batches, trainer.device, trainer.on_device)
+        trainer.batch_statistics.measure(trainer.model, moved, trainer.forward_pass)
         trainer.ema.take_over()
