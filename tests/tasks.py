@@ -53,7 +53,7 @@ TASKS = {
     ),
 }
 NAMES = [(trainer, labels) for trainer in TRAINERS for labels in TRAINERS[trainer].kinds]
-COMMON = "--batch_size 16 --micro_batch_size 8 --num_workers 0 --cpu_threads 1 --log_every 4 --lr 2e-3 --warmup_steps 5"
+COMMON = "--batch_size 16 --micro_batch_size 4 --num_workers 0 --cpu_threads 1 --log_every 4 --lr 2e-3 --warmup_steps 5"
 
 
 def task_of(trainer: str, labels: str) -> Task:
@@ -109,6 +109,5 @@ def save_pictures(file: Path, count: int = 240) -> Path:
 
 
 if __name__ == "__main__":
-    for name in NAMES:
-        task = task_of(*name)
+    for name, task in TASKS.items():  # a trainer that has none fails alone
         prepared(name, Path(sys.argv[1]), Path(sys.argv[2], "-".join(name)), *sys.argv[3:], task.more).train()

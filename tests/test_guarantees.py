@@ -57,8 +57,9 @@ def test_trains(name, task, pictures, tmp_path, record_property):
 
 
 def test_overfits_one_batch(name, task, pictures, tmp_path, record_property):
-    flags = "--split 0.8 0.2 0 --batch_size 8 --epochs 3 --augment none --warmup_steps 0 --scheduler constant"
-    source = prepared(name, pictures, tmp_path / "x", flags)
+    batch_of_8 = "--batch_size 8 --micro_batch_size 8"
+    constant = "--epochs 3 --augment none --warmup_steps 0 --scheduler constant"
+    source = prepared(name, pictures, tmp_path / "x", "--split 0.8 0.2 0", batch_of_8, constant)
     batch = next(iter(source.train_loader))
     learnt = type(source)(source.config, source.plain_model, [batch] * 20, [batch])
     learnt.train()

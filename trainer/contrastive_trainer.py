@@ -82,8 +82,5 @@ class ContrastiveTrainer(MainTrainer):
     def new_metrics(self) -> Metrics:
         return RetrievalMetrics(self.device)
 
-    def kept(self, predictions: Any, batch: Batch) -> tuple[Tensor, ...]:
-        return ()
-
     def val_metric_names(self) -> list[str]:
         return NAMES

@@ -71,9 +71,6 @@ class DetectionTrainer(MainTrainer):
     def new_metrics(self) -> DetectionMetrics:
         return DetectionMetrics()
 
-    def kept(self, predictions: Any, batch: Batch) -> tuple[Tensor, ...]:
-        return ()
-
     def val_metric_names(self) -> list[str]:
         return [*DetectionMetrics.NAMES, *(["loss"] if self.plain_model.loss_in_evaluation else [])]
 

@@ -92,7 +92,8 @@ class MainTrainer(BaseTrainer):
         return self.target.new_metrics()
 
     def kept(self, predictions: Any, batch: Batch) -> tuple[Tensor, ...]:
-        return predictions.detach(), batch["labels"]
+        """Nothing where batches have no `labels`: losses alone then tell how training goes."""
+        return (predictions.detach(), batch["labels"]) if "labels" in batch else ()
 
     def hits(self, *kept: Any) -> dict[str, Tensor]:
         """Which samples were right; under MixUp the label is the sample's own."""

@@ -71,9 +71,6 @@ class MultiTaskTrainer(MainTrainer):
     def new_metrics(self) -> Metrics:
         return SeveralMetrics(self.targets)
 
-    def kept(self, predictions: Any, batch: Batch) -> tuple[Tensor, ...]:
-        return ()
-
     def val_metric_names(self) -> list[str]:
         return ["loss"] + [f"{name}/{one}" for name, target in self.targets.items() for one in target.metric_names()]
 
