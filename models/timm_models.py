@@ -58,7 +58,7 @@ def timm() -> Any:
         import timm
     except ImportError as error:
         raise ModelError(
-            f'models of timm need its package ({error}): pip install "accelerate-vision-template[timm]", or timm'
+            f'models of timm need its package ({error}): pip install -e '.[timm]', or timm'
         ) from None
     return timm
 
