@@ -33,8 +33,6 @@ TASKS = {
     "image_text": "digit_captions",
     "detection": "digit_scenes",
 }
-digit_scenes.SCENES |= {"train": 4, "val": 35, "test": 1}
-digit_captions.SCENES |= {"train": 40, "val": 35, "test": 1}
 
 
 class Shaken(BaseModel):
@@ -62,11 +60,11 @@ class Shaken(BaseModel):
         return {"loss": self.weight * self.normalize(images_BCHW).mean()}, found
 
 
-DETECTORS["shaken"] = Shaken
-
-
 def main(file: str, tars: str) -> None:
     torch.set_num_threads(1)
+    digit_scenes.SCENES |= {"train": 4, "val": 35, "test": 1}
+    digit_captions.SCENES |= {"train": 40, "val": 35, "test": 1}
+    DETECTORS["shaken"] = Shaken
     plain: dict[str, Any] = {"dtype": "float64", "micro_batch_size": 4, "num_workers": 0, "split": (0.5, 0.5, 0.0)}
     accelerator = make_accelerator(make_config(**plain))
     process, processes = accelerator.process_index, accelerator.num_processes

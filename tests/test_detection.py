@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from models import ModelError, build
-from models.detection import SmallFCOS
+from models.detection import SmallFCOS, generalized_iou_losses
 from models.model import check_name, input_size
-from tests.conftest import ROOT, lines_of, same_run
+from tests.conftest import FSDP, ROOT, lines_of, same_run
 from tests.test_scale import apart
 from trainer.detection_metrics import DetectionMetrics
 
@@ -75,6 +75,27 @@ def test_every_box_has_a_point_that_learns_it_and_overlapping_ones_go_to_the_sma
     positive, which = points.matches(two, torch.tensor([[0, 1]]))
     assert set(which[positive].tolist()) == {1}
     assert not points.matches(two, torch.tensor([[-1, -1]]))[0].any()
+
+
+def test_losses_of_boxes_are_those_of_torchvision():
+    from torchvision.ops import generalized_box_iou_loss
+
+    low = torch.rand(4, 200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 40
+    sides = 1 + torch.rand(4, 200, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 30
+    found, true = torch.cat([low, low + sides], 2)[:2].requires_grad_(), torch.cat([low, low + sides], 2)[2:]
+    mine, reference = generalized_iou_losses(found, true), generalized_box_iou_loss(found, true)
+    assert 0.05 < (reference < 1).double().mean() < 0.95  # some overlap, some do not
+    torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-14)
+    gradients = [torch.autograd.grad(losses.sum(), found)[0] for losses in (mine, reference)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+
+
+def test_the_losses_are_one_graph():
+    """So that they can be compiled, and wait for no device: nothing asks what was found."""
+    torch.manual_seed(0)
+    model, batch = SmallFCOS(3, 1, 64, width=16).train(), random_batch(4)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert compiled(*arguments(batch))[0]["loss"].item() == model(*arguments(batch))[0]["loss"].item()
 
 
 def test_one_batch_is_learnt_by_heart():
@@ -183,15 +204,16 @@ OPTIONS = (
 ).split()
 
 
-def train(folder: Path, name: str, *flags: Any, processes: int = 1) -> Path:
+def train(folder: Path, name: str, *flags: Any, processes: int = 1, sharded: bool = False) -> Path:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     done = subprocess.run(
         [sys.executable, *(launcher if processes > 1 else []), "tests/detection_net.py", *OPTIONS, *map(str, flags),
          "--output_dir", str(folder), "--experiment_name", name],
-        cwd=ROOT, env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, timeout=300,
+        cwd=ROOT, env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | (FSDP if sharded else {}),
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert json.loads((folder / name / "status.json").read_text())["state"] in ("done", "preempted"), done.stderr
+    assert ("sharded by FSDP2" in done.stdout) == sharded
     return folder / name
 
 
@@ -200,23 +222,57 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("detection")
 
 
+EXACT = "--dtype float64 --optimizer sgd --lr 0.01".split()
+
+
 @pytest.fixture(scope="module")
 def whole(folder) -> Path:
-    return train(folder, "whole", "--dtype", "float64", "--optimizer", "sgd", "--lr", 0.01, "--micro_batch_size", 5)
+    return train(folder, "whole", *EXACT, "--micro_batch_size", 5)
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_the_processes_change_nothing(folder, whole, processes, streamed):
     """Nor do streams change the metrics: 19 scenes on 2 or 4 processes."""
-    flags = ["--dtype", "float64", "--optimizer", "sgd", "--lr", 0.01, "--micro_batch_size", 8]
+    flags = [*EXACT, "--micro_batch_size", 8]
     one = whole if not streamed else train(folder, "streamed", *flags, "--streaming")
     more = ["--streaming"] if streamed else []
-    other = train(folder, f"{processes}_{streamed}", *flags, *more, processes=processes)
+    check_alike(one, train(folder, f"{processes}_{streamed}", *flags, *more, processes=processes))
+
+
+def check_alike(one: Path, other: Path) -> None:
+    """Weights, samples and metrics of two runs in float64."""
     assert apart(one, other, "model.safetensors") < 1e-9
+    assert apart(one, other, "ema.safetensors") < 1e-9
+    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
     for line, same in zip(lines_of(one, "val"), lines_of(other, "val"), strict=True):
         assert {n: line[n] for n in DetectionMetrics.NAMES} == {n: same[n] for n in DetectionMetrics.NAMES}
-        assert line["loss"] == pytest.approx(same["loss"], rel=1e-5)
+        assert line.get("loss") == pytest.approx(same.get("loss"), rel=1e-5)
+
+
+def test_a_detector_that_is_sharded_learns_the_same(folder, whole):
+    check_alike(whole, train(folder, "sharded", *EXACT, "--micro_batch_size", 8, processes=2, sharded=True))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["fcos/resnet18", "fasterrcnn/resnet18"])
+def test_detectors_of_torchvision_are_sharded(folder, name):
+    """Their losses are normalised over a micro-batch, so that it is of one size."""
+    flags = [*EXACT, "--model", name, "--batch_size", 4, "--micro_batch_size", 2, "--max_steps", 2]
+    one = train(folder, f"{name[:4]}_one", *flags)
+    check_alike(one, train(folder, f"{name[:4]}_two", *flags, processes=2, sharded=True))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_run_goes_on_with_another_number_of_processes(folder, whole, sharded):
+    for number, processes in enumerate((1, 2, 4, 1)):
+        stop = ["--stop_after_steps", 2] if number < 3 else []
+        flags = [*EXACT, "--micro_batch_size", 4, *stop]
+        run = train(folder, f"course_{sharded}", *flags, processes=processes, sharded=sharded and processes > 1)
+    check_alike(whole, run)
+    line, same = (lines_of(one, "epoch")[-1] for one in (whole, run))
+    assert line["loss"] == pytest.approx(same["loss"], rel=1e-6)
 
 
 def test_a_stopped_run_goes_on_to_the_last_bit(folder):
