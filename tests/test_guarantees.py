@@ -49,7 +49,8 @@ def pictures(tmp_path_factory) -> Path:
 
 def test_trains(name, task, pictures, tmp_path, record_property):
     """It tells pictures that it has not seen."""
-    trained = prepared(name, pictures, tmp_path / "x", "--split 0.8 0.2 0 --epochs 5 --augment none")
+    flags = "--split 0.8 0.2 0 --epochs 8 --augment none --micro_batch_size 16"
+    trained = prepared(name, pictures, tmp_path / "x", flags)
     assert trained.train()["state"] == "done"
     found = lines_of(trained.run.path, "val")[-1][task.metric]
     record_property("shown", f"{task.metric} {found:.2f}")
@@ -58,8 +59,8 @@ def test_trains(name, task, pictures, tmp_path, record_property):
 
 def test_overfits_one_batch(name, task, pictures, tmp_path, record_property):
     batch_of_8 = "--batch_size 8 --micro_batch_size 8"
-    constant = "--epochs 3 --augment none --warmup_steps 0 --scheduler constant"
-    source = prepared(name, pictures, tmp_path / "x", "--split 0.8 0.2 0", batch_of_8, constant)
+    course = "--epochs 4 --augment none --warmup_steps 0"
+    source = prepared(name, pictures, tmp_path / "x", "--split 0.8 0.2 0", batch_of_8, course)
     batch = next(iter(source.train_loader))
     learnt = type(source)(source.config, source.plain_model, [batch] * 20, [batch])
     learnt.train()
