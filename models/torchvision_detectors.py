@@ -58,6 +58,9 @@ class TorchvisionDetector(BaseModel):
             plain = {"weights": None, "weights_backbone": None}
             self.net = detection.__dict__[architecture](num_classes=count, **plain, **settings)
 
+        if hasattr(self.net, "roi_heads"):
+            self.not_measured = "the second stage"  # which computes on what the first has found
+
     @property
     def dim(self) -> int:
         return self.net.backbone.out_channels if hasattr(self.net.backbone, "out_channels") else 0
