@@ -31,7 +31,7 @@ BATCH_NORM = ["--model", "bn_net", "--dropout", "0.2", "--micro_batch_size", "8"
 
 
 def train(folder: Path, name: str, *flags: str, processes: int = 1, sharded: bool = False) -> Path:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--"]
     command = [sys.executable, *(launcher if processes > 1 else []), "tests/bn_net.py", *OPTIONS, *flags]
     done = subprocess.run(
         [*command, "--output_dir", str(folder), "--experiment_name", name, "--expect_processes", str(processes)],
