@@ -80,6 +80,11 @@ def completed(config: Config, kind: Labels) -> Config:
             raise ConfigError(f"--{name} is of no use where the data have {kind.name}", fix="leave it out")
     if kind.name == "captions" and config.auto_micro_batch:
         raise ConfigError("--auto_micro_batch cuts a batch that the contrastive loss needs whole", fix="leave it out")
+    if kind.name == "boxes" and config.auto_micro_batch:
+        raise ConfigError(
+            "--auto_micro_batch tries images alone, and the memory that a detector needs depends on their boxes",
+            fix="give --micro_batch_size, the samples that a process computes at once",
+        )
     if kind.name == "boxes" and config.cache != "none":
         raise ConfigError("--cache keeps pictures at another size, whose boxes it does not know", fix="leave it out")
     config = replace(
