@@ -271,3 +271,30 @@ def test_a_folder_trains_predicts_and_draws(tmp_path):
     run_script("predict.py", "--weights", tmp_path / "x", folder, "--output", output, "--draw", tmp_path / "drawn")
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 16
     assert output.read_text().splitlines()[0] == "path,boxes,labels,scores,error"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"category_id": 1}, "the class 'id 1' of a box is none of"), ({"bbox": [1, 2, 3]}, "annotation 2 has the bbox"),
+     ({"bbox": None}, "annotation 2 has the bbox None"), ({"bbox": "1,2,3,4"}, "annotation 2 has the bbox '1,2,3,4'")],
+)  # fmt: skip
+def test_an_annotation_of_coco_that_cannot_be_used_is_told(tmp_path, change, words):
+    """Ids of categories are no places: one that is not listed is no class, however small it is."""
+    folder = coco(tmp_path)
+    file = folder / "_annotations.coco.json"
+    table = json.loads(file.read_text())
+    table["categories"] = [one | {"id": one["id"] + 10} for one in table["categories"]]
+    table["annotations"] = [
+        one | {"id": number, "category_id": one["category_id"] + 10} for number, one in enumerate(table["annotations"])
+    ]
+    table["annotations"][2] |= change
+    file.write_text(json.dumps(table))
+    with pytest.raises(DataError, match=words):
+        load_data(make_config(train_data_dir=str(folder), split=(1, 0, 0)))
+
+
+def test_numbers_of_classes_may_be_floats():
+    kind = BoxLabels(NAMES)
+    label = kind.boxes([[0, 0, 5, 5]] * 2, [1.0, np.int64(0)], 10, 10)
+    assert (label.classes.tolist(), label.fault) == ([1, 0], "")
+    assert "the class 1.5 of a box" in kind.boxes([[0, 0, 5, 5]], [1.5], 10, 10).fault

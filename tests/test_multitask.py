@@ -27,7 +27,7 @@ from data.loader import eval_loader, train_loader
 from models import build
 from models.base_model import ModelError
 from scripts.prediction import predict_files
-from scripts.wiring import completed
+from scripts.wiring import check_monitored, completed
 from tests.conftest import FSDP, ROOT, lines_of
 from tests.tiny import distance, tiny_trainer, weights
 from trainer import checkpoint
@@ -365,3 +365,15 @@ def test_processes_and_micro_batches_change_nothing(parquet, tmp_path, flags):
 def png(folder: Path) -> Path:
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "black.png")
     return folder / "black.png"
+
+
+def test_a_task_that_decides_has_labels_in_validation(parquet):
+    """Else a run would find out at the end of its first epoch."""
+    config = config_of(parquet)
+    data = load_data(config)
+    labels = data.train.source.labels  # of all splits
+    labels[:] = [(-1, *label[1:]) for label in labels]
+    with pytest.raises(DataError, match="no validation sample has a label of digit") as error:
+        check_monitored(config, data)
+    assert "--monitor of another of digit, ink, tags" in str(error.value)
+    check_monitored(config_of(parquet, monitor="ink/mae"), data)

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 from configs.arguments import make_config
 from data import digit_captions, digit_scenes
 from scripts.wiring import build_trainer
+from tests.tasks import NAMES, prepared, save_pictures
+from trainer import saving
 
 
 @pytest.fixture
@@ -61,3 +63,17 @@ def test_outputs_and_losses_are_float32(tmp_path, monkeypatch, an_accelerator_of
     assert inside == {torch.bfloat16}
     assert {parameter.dtype for parameter in trainer.parameters} == {torch.float32}
     assert trainer.grad_norm.isfinite()
+
+
+@pytest.mark.parametrize("name", NAMES, ids="-".join)
+def test_the_card_of_a_model_tells_how_it_is_called(name, tmp_path, an_accelerator_of_its_own):
+    trainer = prepared(name, save_pictures(tmp_path / "train.parquet", 40), tmp_path / "x")
+    saving.save_best(trainer, {"loss": 1.0})
+    card = (tmp_path / "x" / "best" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("path/or/hub-id", str(tmp_path / "x" / "best"))
+    given = {"images": torch.zeros(2, 1, 24, 24, dtype=torch.uint8), "texts": ["a zero", "a one", "a two"]}
+    exec(code, given)
+    found = next(value for key, value in given.items() if key in ("logits", "found", "near", "outputs"))
+    assert len(found) == (3 if name[1] == "several" else 2)
+    if name[1] == "captions":
+        assert found.shape == (2, 3)

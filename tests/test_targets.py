@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -21,6 +21,7 @@ from configs.arguments import make_config
 from configs.dataset_info import DatasetInfo
 from configs.errors import ConfigError, DataError
 from data.balance import class_weights, positive_weights
+from data.columns import values_of
 from data.described import described
 from data.kinds import open_labels
 from data.labels import ClassLabels
@@ -225,3 +226,25 @@ def test_the_rarest_class_and_tenths_are_what_a_split_keeps_the_shares_of():
         labels[place] = np.array(label, np.int8)
     assert kind.strata(labels).tolist() == [0, 1, 0, 2]
     assert np.bincount(NumberLabels("x").strata(np.arange(100.0))).tolist() == [10] * 10
+
+
+def test_numbers_keep_their_digits_or_are_refused():
+    """Columns are read as they are; what float32 cannot tell apart cannot be learnt."""
+    features = Features({"time": Value("float64")})
+    far = Dataset.from_dict({"time": [1.7e9 + n for n in range(79)] + [None]}, features=features)
+    values = values_of(far, "time")
+    assert (values.dtype, values[1] - values[0], len(np.unique(values[:79]))) == (np.float64, 1.0, 79)
+    assert np.isnan(values[79])
+    kind = NumberLabels("time")
+    with pytest.raises(DataError, match="79 different values of time are 2 in float32") as error:
+        kind.check(values[:79], "x")
+    assert "subtract their mean 1.7e+09" in str(error.value)
+    kind.check(values[:79] - 1.7e9, "x")
+
+
+def test_what_is_no_class_in_a_list_is_a_fault():
+    kind = opened(List(Value("int64")), [[2], [0, 1], []])
+    assert kind.faults(kind.read({"tags": [[1, None], [1], [1, 1.5]]}, "x", strict=False)).tolist() == [0, 2]
+    with pytest.raises(DataError, match="label None is none of the 3"):
+        kind.read({"tags": [[1, None]]}, "x")
+    assert kind.read({"tags": [[np.int64(2), 1.0]]}, "x")[0].tolist() == [0, 1, 1]
