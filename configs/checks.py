@@ -135,7 +135,10 @@ def check_training(config: Config) -> None:
             f"--teacher teaches the probabilities of classes, and --task is {config.task}", fix="leave it out"
         )
     if config.max_steps and config.warmup_steps >= config.max_steps:
-        raise ConfigError(f"--warmup_steps {config.warmup_steps} must be less than --max_steps {config.max_steps}")
+        raise ConfigError(
+            f"--warmup_steps {config.warmup_steps} must be less than --max_steps {config.max_steps}",
+            fix=f"--warmup_steps {config.max_steps // 10}",
+        )
 
 
 def check_run(config: Config) -> None:

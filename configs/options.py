@@ -12,9 +12,9 @@ from configs.checks import check
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     dataset: str = "digits"
-    """`digits` or `digit_captions` (embedded), or a Hugging Face dataset: a local folder or a hub id."""
+    """`digits`, `digit_ink`, `digit_captions`, `digit_scenes` (embedded), a hub id, or a folder laid out like it."""
     train_data_dir: str | None = None
-    """Image folder with a subfolder a class (`cat/1.png`), or captions.jsonl/.csv; used instead of `--dataset`."""
+    """Images instead of `--dataset`: a subfolder a class, or captions.jsonl/.csv, or COCO's JSON, or Pascal VOC."""
     data_files: tuple[str, ...] = ()
     """Files that are cut into splits, alone or of `--dataset`: paths, patterns, URLs (parquet, .tar, JSON, CSV)."""
     mix_datasets: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class ModelOptions:
     task: str | None = None
     """What is learnt: a name from the table in `scripts/wiring.py`; default: from the labels of the data."""
     model: str | None = None
-    """`simple_cnn` (default), or any torchvision classifier: resnet18, vit_b_16, ...; clip/NAME, timm/NAME."""
+    """`simple_cnn` (default), any classifier or detector of torchvision, `small_fcos`, clip/NAME, timm/NAME."""
     weights: str | None = None
     """Weights to begin with, all of them: a run, a checkpoint, `best/`, a .safetensors or .pth file, a hub id."""
     pretrained: str | None = None

@@ -71,15 +71,24 @@ def read_coco(root: Path, part: str) -> Found:
         boxes: dict[Any, list[tuple[Sequence[float], str]]] = defaultdict(list)
         for one in table["annotations"]:
             if not one.get("iscrowd"):
-                boxes[one["image_id"]].append((one["bbox"], categories.get(one["category_id"], one["category_id"])))
+                category = categories.get(one["category_id"], f"id {one['category_id']}")
+                boxes[one["image_id"]].append((sides_of(one), category))
         images = sorted(table["images"], key=lambda one: one["id"])
         annotated = [(boxes[one["id"]], *size_of(one.get("width"), one.get("height"))) for one in images]
-        names = [one["file_name"] for one in images]
+        names = [str(Path(one["file_name"])) for one in images]
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"this is no COCO JSON of instances: {error!r}", where=str(file)) from None
     inner = root / "images"
-    base = inner if names and not (root / names[0]).is_file() and (inner / names[0]).is_file() else root
+    found = ((root / name).is_file() for name in names)
+    base = inner if not any(found) and any((inner / name).is_file() for name in names) else root
     return [base / name for name in names], list(dict.fromkeys(categories.values())), annotated
+
+
+def sides_of(annotation: dict[str, Any]) -> list[float]:
+    """x, y, width, height in pixels."""
+    if not isinstance(annotation["bbox"], list) or len(annotation["bbox"]) != 4:
+        raise ValueError(f"annotation {annotation.get('id')} has the bbox {annotation['bbox']!r:.60}")
+    return [float(side) for side in annotation["bbox"]]
 
 
 def read_voc(root: Path, part: str) -> Found:

@@ -12,7 +12,7 @@ import torch
 from configs.dataset_info import DatasetInfo
 from configs.errors import DataError, nearest
 from configs.options import Config
-from data.columns import classes_of
+from data.columns import classes_of, is_number
 from data.labels import Cells, Column
 
 CATEGORIES = ("category", "categories", "label", "labels", "category_id")  # what the class of a box is called
@@ -95,7 +95,7 @@ class BoxLabels:
         boxes = np.array(boxes_xywh, np.float64).reshape(-1, 4)
         if len(boxes) != len(names):
             return Boxes(*empty(), fault=f"it has {len(boxes)} boxes and {len(names)} classes")
-        known = [isinstance(name, (int, np.integer)) and 0 <= name < len(self.classes) for name in names]
+        known = [is_number(name) and 0 <= name < len(self.classes) for name in names]
         fault = ""
         if not all(known):
             strange = names[known.index(False)]
@@ -103,7 +103,7 @@ class BoxLabels:
         boxes[:, 2:] += boxes[:, :2]
         valid = is_valid(boxes, width, height)
         self.dropped += int((~valid).sum())
-        classes = np.array([name if good else -1 for name, good in zip(names, known)], np.int64)
+        classes = np.array([int(name) if good else -1 for name, good in zip(names, known)], np.int64)
         return Boxes(boxes[valid].astype(np.float32), classes[valid], fault)
 
     def fault(self, label: Any) -> str:

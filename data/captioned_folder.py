@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class CaptionedFolder(FolderSource):
     def __init__(self, root: Path, file: Path, channels: int | None, like: Labels | None):
         captions: dict[str, tuple[str, ...]] = {}
         for path, texts in lines_of(file):
+            path = os.path.normpath(path)
             captions[path] = captions.get(path, ()) + texts
         if not captions:
             raise DataError("there is no caption", where=str(file))

@@ -96,7 +96,8 @@ def holds_text(feature: Any) -> bool:
 def texts_of(cell: Any) -> tuple[str, ...]:
     """A string or a list of strings; what is empty or no text is left out."""
     texts = [cell] if isinstance(cell, str) else cell if isinstance(cell, (list, tuple, np.ndarray)) else []
-    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+    whole = (text.encode("utf-8", "replace").decode() for text in texts if isinstance(text, str))  # no half characters
+    return tuple(text.strip() for text in whole if text.strip())
 
 
 def as_labels(captions: Iterable[tuple[str, ...]]) -> np.ndarray:

@@ -50,9 +50,11 @@ def chosen_column(features: dict[str, Any], wanted: str | None, found: list[str]
 
 
 def values_of(dataset: Any, column: str) -> np.ndarray:
-    """All of a column, [N]; nested values as the Python objects they are."""
+    """All of a column, [N]; nested values as the Python objects they are, numbers that are missing as NaN."""
     from datasets import ClassLabel, Value
 
+    if getattr(dataset.features[column], "dtype", "").startswith("float"):  # numpy's format would round to float32
+        return dataset.select_columns([column]).with_format("arrow")[:][column].to_numpy()
     plain = isinstance(dataset.features[column], (ClassLabel, Value))
     return as_array(dataset.select_columns([column]).with_format("numpy" if plain else None)[:][column])
 
@@ -80,7 +82,7 @@ def is_missing(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and float(value).is_integer()
+    return isinstance(value, (int, float, np.number)) and float(value).is_integer()
 
 
 def classes_of(feature: Any, values: np.ndarray, column: str, name: str) -> list[str]:

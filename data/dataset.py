@@ -16,6 +16,7 @@ from data.embedded import SOURCES
 from data.labels import Labels
 from data.sequential import SequentialStream
 from data.split import Split
+from data.stream import Stream
 from data.streamed import streamed_splits
 from data.whole import whole_splits
 
@@ -125,11 +126,12 @@ def check_splits(splits: dict[str, Split], name: str) -> None:
 
 def check_labels(split: Split, part: str, name: str) -> None:
     """Refuse labels that cannot be learnt."""
-    kind, labels = split.source.kind, split.labels
-    wrong = kind.faults(labels)
+    source, labels = split.source, split.labels
+    assert not isinstance(source, Stream | SequentialStream)
+    wrong = source.kind.faults(labels)
     if len(wrong):
         raise DataError(
-            f"place {int(split.ids[wrong[0]])} of the {part} split: {kind.fault(labels[wrong[0]])} "
+            f"{source.name(int(split.ids[wrong[0]]))} of the {part} split: {source.kind.fault(labels[wrong[0]])} "
             f"({len(wrong)} such labels)",
             where=name,
             fix="correct the labels, or name another column with --label_column",

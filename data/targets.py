@@ -11,7 +11,7 @@ import torch
 from configs.dataset_info import DatasetInfo
 from configs.errors import DataError
 from configs.options import Config
-from data.columns import array_of, chosen_column, classes_of, is_missing
+from data.columns import array_of, chosen_column, classes_of, is_missing, is_number
 from data.labels import Cells, Column
 
 NAMES = ("label", "labels", "class", "classes", "target", "targets", "tags")  # what such columns are often called
@@ -83,7 +83,7 @@ class MultiLabels:
             return np.array(cell, np.int8), ""
         label = np.zeros(count, np.int8)
         for value in cell:
-            number = self.numbers.get(value, -1) if isinstance(value, str) else int(value)
+            number = self.numbers.get(value, -1) if isinstance(value, str) else int(value) if is_number(value) else -1
             if not 0 <= number < count:
                 return unknown, f"label {value!r} is none of the {count} training classes"
             label[number] = 1
@@ -167,8 +167,15 @@ class NumberLabels:
         return np.flatnonzero(~np.isfinite(labels))
 
     def check(self, labels: np.ndarray, title: str) -> None:
-        if len(np.unique(labels)) < 2:
+        different, learnt = (len(np.unique(numbers)) for numbers in (labels, labels.astype(np.float32)))
+        if different < 2:
             raise DataError(f"all training samples have the same {self.classes[0]}", where=title)
+        if learnt < different / 2:
+            raise DataError(
+                f"{different:,} different values of {self.classes[0]} are {learnt:,} in float32, which models learn",
+                where=title,
+                fix=f"subtract their mean {labels.mean():g} in the data, or scale them",
+            )
 
     def strata(self, labels: np.ndarray) -> np.ndarray:
         """Tenths of the samples by their numbers."""

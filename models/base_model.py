@@ -48,6 +48,7 @@ class BaseModel(nn.Module, PyTorchModelHubMixin, metaclass=BuildThenInit):
     # samples, which no cut into micro-batches changes.
     loss_in_evaluation = True
     loss_is_mean_over_samples = True
+    not_measured = ""  # what of the model `models/summary.py` does not see
 
     mean_C11: Tensor
     std_C11: Tensor

@@ -34,7 +34,7 @@ def summarize(model: BaseModel, channels: int, image_size: int, batch_size: int,
         f"{parameters:,} parameters"
         + (f" ({trainable:,} trainable)" if trainable != parameters else "")
         + f", {megabytes(size)}; {flops / 1e6:,.1f} MFLOPs an image; "
-        f"{keeps}"
+        f"{keeps}" + (f"; without {model.not_measured}" if model.not_measured else "")
     )
 
 

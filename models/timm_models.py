@@ -57,9 +57,7 @@ def timm() -> Any:
     try:
         import timm
     except ImportError as error:
-        raise ModelError(
-            f'models of timm need its package ({error}): pip install "accelerate-vision-template[timm]", or timm'
-        ) from None
+        raise ModelError(f"models of timm need its package ({error}): pip install -e '.[timm]', or timm") from None
     return timm
 
 

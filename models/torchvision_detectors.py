@@ -71,6 +71,9 @@ class TorchvisionDetector(BaseModel):
         if anchor_sizes is None and architecture.startswith(OF_ANCHORS) and side < SMALL:
             halve_anchors(self.net)
 
+        if hasattr(self.net, "roi_heads"):
+            self.not_measured = "the second stage"  # which computes on what the first has found
+
     @property
     def dim(self) -> int:
         return self.net.backbone.out_channels if hasattr(self.net.backbone, "out_channels") else 0

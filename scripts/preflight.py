@@ -238,7 +238,8 @@ def evaluation_found(trainer: BaseTrainer) -> tuple[str, None]:
     batches = list(islice(trainer.val_loader, 1))
     metrics = trainer.validate_epoch(batches)
     seconds, samples = time.perf_counter() - begin, samples_in(as_dict(batches[0]))
-    return f"{samples} samples in {seconds:.2g} s, {monitor} {metrics[monitor]:.4g}", None
+    value = f"{metrics[monitor]:.4g}" if monitor in metrics else "is not told by these samples"
+    return f"{samples} samples in {seconds:.2g} s, {monitor} {value}", None
 
 
 def checkpoint_found(trainer: BaseTrainer, data: Data) -> tuple[str, dict[str, int]]:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
 
 import models
 from configs.errors import ConfigError, DataError
+from data.decode import decode
 from models.clip import CLIP
 from scripts.prediction import image_files, predictions
 
@@ -40,7 +42,7 @@ def draw(paths: list[str], output: Path) -> None:
     """The images from left to right, each TILE pixels high and wide."""
     sheet = Image.new("RGB", (TILE * len(paths), TILE))
     for place, path in enumerate(paths):
-        with Image.open(path) as image:
-            sheet.paste(image.convert("RGB").resize((TILE, TILE)), (TILE * place, 0))
+        image = to_pil_image(decode(Path(path).read_bytes(), path, 3))  # upright, as the model sees it
+        sheet.paste(image.resize((TILE, TILE)), (TILE * place, 0))
     output.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(output)

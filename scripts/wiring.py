@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from configs import model_args
-from configs.errors import ConfigError, nearest
+from configs.errors import ConfigError, DataError, nearest
 from configs.options import Config
 from data.dataset import Data, load_data, with_cache
 from data.described import described
@@ -18,6 +18,7 @@ from data.labels import Labels
 from data.leakage import duplicates_between
 from data.loader import eval_loader, train_loader
 from data.order import Use, mix, seed_cpu
+from data.several import SeveralLabels
 from models import BaseModel, ModelError
 from models.load import load, load_weights_into
 from models.model import build, check_model_args, check_name, input_size
@@ -79,6 +80,11 @@ def completed(config: Config, kind: Labels) -> Config:
             raise ConfigError(f"--{name} is of no use where the data have {kind.name}", fix="leave it out")
     if kind.name == "captions" and config.auto_micro_batch:
         raise ConfigError("--auto_micro_batch cuts a batch that the contrastive loss needs whole", fix="leave it out")
+    if kind.name == "boxes" and config.auto_micro_batch:
+        raise ConfigError(
+            "--auto_micro_batch tries images alone, and the memory that a detector needs depends on their boxes",
+            fix="give --micro_batch_size, the samples that a process computes at once",
+        )
     if kind.name == "boxes" and config.cache != "none":
         raise ConfigError("--cache keeps pictures at another size, whose boxes it does not know", fix="leave it out")
     config = replace(
@@ -99,10 +105,24 @@ def build_data(config: Config, *, shown: bool = True) -> tuple[Config, Data, lis
     size, notes = input_size(config.model, data.image_size), []
     if size != data.image_size:
         notes.append(f"{config.model} takes no images of {data.image_size} px: they are resized to {size} px")
+    check_monitored(config, data)
     if shown and data.val is not None:
         warning = duplicates_between(data.train, data.val).warning()
         notes += [warning] if warning else []
     return config, with_cache(replace(data, image_size=size), config, shown=shown), notes
+
+
+def check_monitored(config: Config, data: Data) -> None:
+    """Refuse to let a task decide that no validation sample has a label for."""
+    if not isinstance(data.kind, SeveralLabels) or data.val is None or data.val.streamed:
+        return
+    deciding = (config.monitor or next(iter(data.kind.parts))).rpartition("/")[0 if config.monitor else 2]
+    if deciding in data.kind.parts and not len(data.kind.known(data.val.labels, deciding)):
+        raise DataError(
+            f"no validation sample has a label of {deciding}, whose metric decides what is best",
+            where=data.name,
+            fix=f"--monitor of another of {', '.join(data.kind.parts)}, or another --split_seed",
+        )
 
 
 def build_model(config: Config, data: Data) -> BaseModel:

@@ -177,6 +177,16 @@ def test_a_crop_and_a_flip_take_the_boxes_along():
     assert torch.equal(again[0], transform(pixels, label, 7, 3)[0])
 
 
+def test_boxes_that_may_not_be_zoomed_keep_their_size():
+    label = Boxes(np.array([[3, 4, 20, 24]], np.float32), np.array([0]))
+    pixels = torch.zeros(1, 32, 32, dtype=torch.uint8)
+    for zoom, sizes in ((True, 3), (False, 1)):
+        transform = train_box_transform(config(augment="default"), 32, horizontal_flip=True, zoom=zoom)
+        boxes = [transform(pixels, label, key, 1)[1].boxes_xyxy[0] for key in range(20)]
+        assert len({(round(float(b[2] - b[0]), 3), round(float(b[3] - b[1]), 3)) for b in boxes}) >= sizes
+        assert zoom or all((b[2:] - b[:2] == [17, 20]).all() for b in boxes)
+
+
 def test_a_picture_without_boxes_is_augmented_as_well():
     transform = train_box_transform(config(augment="default"), 32, horizontal_flip=True, zoom=True)
     for key in range(10):

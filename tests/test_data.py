@@ -146,7 +146,7 @@ def test_a_label_out_of_range_is_named_before_the_first_step(tmp_path):
     table = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 0, 1, 0, 1, 0, -1]}, features=features)
     table.save_to_disk(tmp_path / "set")
     with pytest.raises(
-        DataError, match="place 7 of the train split: its label is missing, or none of the 2 training classes"
+        DataError, match="row 7 of the train split: its label is missing, or none of the 2 training classes"
     ):
         load_data(make_config(dataset=str(tmp_path / "set"), split=(1.0, 0.0, 0.0)))
 

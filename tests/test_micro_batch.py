@@ -14,6 +14,7 @@ from torch import Tensor
 from configs.arguments import make_config
 from configs.errors import ConfigError
 from configs.yaml_file import read_yaml
+from scripts.wiring import build_data
 from tests.bn_net import BatchNormNet
 from tests.conftest import ROOT
 from trainer import micro_batch
@@ -65,6 +66,16 @@ def test_without_a_gpu_it_is_refused(tmp_path):
     config = make_config(auto_micro_batch=True, output_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="tries what the memory of a GPU holds, which does not work on cpu"):
         micro_batch.found_or_recorded(config, BatchNormNet(3), (3, 8, 8), make_accelerator(config))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [("digit_scenes", "depends on their boxes"), ("digit_captions", "that the contrastive loss needs whole")],
+)
+def test_where_images_alone_do_not_tell_it_is_refused(dataset, words):
+    config = make_config(dataset=dataset, auto_micro_batch=True)
+    with pytest.raises(ConfigError, match=words):
+        build_data(config, shown=False)
 
 
 DRIVER = """

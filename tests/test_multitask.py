@@ -28,7 +28,7 @@ from models import build
 from models.base_model import ModelError
 from scripts.prediction import predict_files
 from scripts.wiring import completed
-from tests.conftest import ROOT, lines_of
+from tests.conftest import FSDP, ROOT, lines_of
 from tests.tiny import distance, tiny_trainer, weights
 from trainer import checkpoint
 from trainer.multitask_trainer import MultiTaskTrainer
@@ -300,20 +300,29 @@ def test_options_that_do_not_fit_are_refused(parquet, options, words):
         completed(config, load_data(config).kind)
 
 
-def train(folder: Path, name: str, file: Path, *flags: str, processes: int = 1, loss_weights: str = "learnt") -> Path:
+def train(
+    folder: Path,
+    name: str,
+    file: Path,
+    *flags: str,
+    processes: int = 1,
+    sharded: bool = False,
+    loss_weights: str = "learnt",
+) -> Path:
     """A run in float64 whose micro-batches may be cut anyhow."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     options = (
         f"--data_files {file} --batch_size 32 --max_steps 6 --dtype float64 --optimizer sgd --lr 0.1 --dropout 0 "
         f"--loss_weights {loss_weights} --cpu_threads 1 --num_workers 0 --trace_samples --log_every 1"
     )
-    command = [sys.executable, *(launcher if processes > 1 else []), "scripts/train.py", *options.split(), *FLAGS]
+    command = [sys.executable, *(launcher if processes > 1 else []), "tests/bn_net.py", *options.split(), *FLAGS]
     done = subprocess.run(
         [*command, *flags, "--output_dir", str(folder), "--experiment_name", name], cwd=ROOT, capture_output=True,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, text=True,
-        timeout=300,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        | (FSDP if sharded else {}), text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / name / "status.json").read_text())["state"] in ("done", "preempted"), done.stderr
+    assert ("sharded by FSDP2" in done.stdout) == sharded
     return folder / name
 
 
@@ -322,11 +331,7 @@ def weights_of(run: Path) -> torch.Tensor:
     return torch.cat([tensor.double().flatten() for _, tensor in sorted(load_file(file).items())])
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("flags", [("--class_weights", "balanced"), ("--streaming",)])
-def test_processes_and_micro_batches_change_nothing(parquet, tmp_path, flags):
-    one = train(tmp_path, "one", parquet, *flags)
-    two = train(tmp_path, "two", parquet, *flags, "--micro_batch_size", "4", processes=2)
+def check_alike(one: Path, two: Path) -> None:
     assert distance(weights_of(two), weights_of(one)) < 1e-9
     assert (one / "samples.jsonl").read_text() == (two / "samples.jsonl").read_text()
     lines = [lines_of(run) for run in (one, two)]
@@ -334,6 +339,24 @@ def test_processes_and_micro_batches_change_nothing(parquet, tmp_path, flags):
     for line, same in zip(*lines):
         assert line.pop("kind") == same.pop("kind")
         assert line == pytest.approx(same, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_run_with_learnt_weights_goes_on_with_another_number_of_processes(parquet, tmp_path, sharded):
+    whole = train(tmp_path, "whole", parquet)
+    for processes, stop in ((1, ["--stop_after_steps", "2"]), (2, ["--stop_after_steps", "2"]), (1, [])):
+        flags = ["--micro_batch_size", "16", *stop]
+        run = train(tmp_path, "parts", parquet, *flags, processes=processes, sharded=sharded and processes > 1)
+    check_alike(whole, run)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flags", [("--class_weights", "balanced"), ("--streaming",)])
+def test_processes_and_micro_batches_change_nothing(parquet, tmp_path, flags):
+    one = train(tmp_path, "one", parquet, *flags)
+    two = train(tmp_path, "two", parquet, *flags, "--micro_batch_size", "4", processes=2)
+    check_alike(one, two)
     if "--streaming" not in flags:
         row = next(predict_files(str(one), [png(tmp_path)], 4))
         assert row["digit"] in "0123456789" and isinstance(row["ink"], float) and isinstance(row["tags"], list)

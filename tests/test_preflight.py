@@ -64,6 +64,18 @@ def test_the_real_command_tells_a_line_each_and_leaves_no_trace(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_swas_pass_for_batch_norm_is_tried_where_there_is_one(tmp_path, capsys):
+    import tests.bn_net  # noqa: F401  which puts its model into the table
+
+    options = {"model": "bn_net", "ema_decay": 0.0, "swa_start_epoch": 1}
+    check(tmp_path, **options)
+    said = capsys.readouterr().out
+    assert marks(said)["averaging"] == "ok"
+    assert "BatchNorm's statistics on 8 samples" in said
+    check(tmp_path, **options | {"model": "simple_cnn"})
+    assert "averaging" not in marks(capsys.readouterr().out)
+
+
 def test_two_processes_check_alike_and_tell_it_once(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "scripts" / "train.py"), "--check", "--batch_size", "32", "--ema_decay", "0.9"]

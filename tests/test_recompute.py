@@ -99,6 +99,29 @@ def test_a_norm_that_came_into_its_block_later_moves_once_too():
     assert [block.layers[1].num_batches_tracked.item() for block in model.body[1:]] == [1, 1]
 
 
+def test_blocks_that_compute_twice_are_compiled():
+    """Without dropout, for which compiled code draws other numbers."""
+    torch.manual_seed(0)
+    plain, images = TinyNet(), torch.rand(4, 1, 6, 6)
+    blocks = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU()) for _ in range(2)]
+    plain.body = nn.Sequential(nn.Sequential(nn.Conv2d(1, 8, 1)), *blocks)
+    twice = copy.deepcopy(plain)
+    recompute_blocks(twice, compiled=True)
+    compiled = torch.compile(twice, backend="aot_eager", fullgraph=True)
+    for model in (plain, compiled):
+        model(images).square().mean().backward()
+    assert len(recomputed(twice)) == 3
+    for one, other in zip(plain.parameters(), twice.parameters()):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_batch_norm_in_blocks_that_compute_twice_is_not_compiled():
+    """Its statistics would move twice."""
+    recompute_blocks(build("resnet18", num_classes=3, in_channels=1, image_size=32))
+    with pytest.raises(ModelError, match="--compile and --gradient_checkpointing cannot be had together for Torchvis"):
+        recompute_blocks(build("resnet18", num_classes=3, in_channels=1, image_size=32), compiled=True)
+
+
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ModelError, match="SimpleCNN has no blocks"):
         recompute_blocks(build("simple_cnn", num_classes=3, in_channels=1, image_size=8))

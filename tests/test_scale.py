@@ -31,7 +31,7 @@ BATCH_NORM = ["--model", "bn_net", "--dropout", "0.2", "--micro_batch_size", "8"
 
 
 def train(folder: Path, name: str, *flags: str, processes: int = 1, sharded: bool = False) -> Path:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--"]
     command = [sys.executable, *(launcher if processes > 1 else []), "tests/bn_net.py", *OPTIONS, *flags]
     done = subprocess.run(
         [*command, "--output_dir", str(folder), "--experiment_name", name, "--expect_processes", str(processes)],
@@ -169,6 +169,17 @@ def test_an_evaluation_counts_each_sample_once(folder, processes, flags):
     assert line["accuracy"] == same["accuracy"]
     assert line.pop("kind") == same.pop("kind")
     assert line == pytest.approx(same, rel=1e-6)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_all_processes_stop_early_and_slow_down_where_one_does(folder, processes):
+    """By an evaluation that they share unevenly: 37 samples."""
+    flags = [*ANY_CUT, *"--dtype float64 --epochs 12 --split 0.18 0.021 0.799 --monitor loss --min_delta 0.2".split()]
+    flags += "--scheduler plateau --decay_epochs 1 --early_stopping --patience 3".split()
+    one = folder / "early" if (folder / "early").exists() else train(folder, "early", *flags)
+    check_alike(one, train(folder, f"early_{processes}", *flags, processes=processes), 1e-9)
+    assert 3 < len(lines_of(one, "val")) < 12
+    assert len({line["lr"] for line in lines_of(one, "train") if line["step"] > 5}) > 1
 
 
 @pytest.mark.parametrize("course", [(1, 2, 1), pytest.param((1, 2, 4, 1), marks=pytest.mark.long)])

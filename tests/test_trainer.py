@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -35,6 +36,24 @@ def test_four_micro_batches_equal_one_batch(tmp_path, options):
     assert distance(weights(parts), weights(whole)) < 1e-6
     assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-6)
     assert results[1]["accuracy"] == results[0]["accuracy"]
+
+
+def test_gradients_meet_in_the_last_micro_batch_alone(tmp_path, monkeypatch):
+    """The forward and the backward of the others are inside of no_sync."""
+    trainer = tiny_trainer(tmp_path, tiny_batches([2] * 8), batch_size=8)
+    silent, seen = [], []
+
+    @contextmanager
+    def no_sync(model):
+        silent.append(model)
+        yield
+        silent.pop()
+
+    monkeypatch.setattr(trainer.accelerator, "no_sync", no_sync)
+    trainer.plain_model.head.register_forward_hook(lambda *_: seen.append(bool(silent)))
+    trainer.plain_model.head.register_full_backward_hook(lambda *_: seen.append(bool(silent)))
+    trainer.train_epoch(trainer.train_loader)
+    assert seen == ([True] * 6 + [False] * 2) * 2
 
 
 def test_the_tail_window_of_an_accumulation_weighs_right(tmp_path):

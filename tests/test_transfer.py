@@ -396,7 +396,7 @@ def test_without_the_package_one_line_names_the_extra():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert "accelerate-vision-template[timm]" in line
+    assert "pip install -e '.[timm]'" in line
 
 
 def test_models_of_timm_are_saved_loaded_and_begun_from(tmp_path):

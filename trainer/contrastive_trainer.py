@@ -26,6 +26,7 @@ class ContrastiveTrainer(MainTrainer):
     kinds = ("captions",)
     default_model = "clip/grid_cnn"
     default_monitor = "recall_at_1"
+    usage = "near = model.embed_images(images) @ model.embed_texts(model.tokens(texts)).T"
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -48,14 +49,9 @@ class ContrastiveTrainer(MainTrainer):
             captions = self.drawn(captions, ids_B)
         texts = [text for texts in captions for text in texts]
         each_B = torch.tensor([len(texts) for texts in captions])
-        return super().on_device(
-            batch
-            | {
-                "tokens_TL": self.plain_model.tokens(texts),
-                "names_T": names_of(texts),
-                "image_ids_T": ids_B.repeat_interleave(each_B),
-            }
-        )
+        tokens_TL = self.plain_model.tokens(texts)
+        more = {"names_T": names_of(tokens_TL), "image_ids_T": ids_B.repeat_interleave(each_B)}
+        return super().on_device(batch | {"tokens_TL": tokens_TL} | more)
 
     def drawn(self, captions: list[tuple[str, ...]], ids_B: Tensor) -> list[tuple[str]]:
         """One of each image's captions, by seed, epoch and sample."""

@@ -25,6 +25,7 @@ class DetectionTrainer(MainTrainer):
     kinds = ("boxes",)
     default_model = "small_fcos"
     default_monitor = "map"
+    usage = "found = model(images)[1]  # of each image boxes xyxy [n, 4] in its pixels, scores [n], labels [n]"
     first: tuple[Any, Batch] | None = None  # predictions and batch that an evaluation began with
 
     def __init__(self, config: Any, model: Any, train_loader: Any = None, val_loader: Any = None, **options: Any):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -69,6 +70,8 @@ def ddp_options(config: Config, model: nn.Module) -> DistributedDataParallelKwar
     constant = {id(buffer) for name, buffer in model.named_buffers() if name not in saved}
     of_norms = {id(b) for module in model.modules() if isinstance(module, _NormBase) for b in module.buffers()}
     others = any(id(buffer) not in constant | of_norms for buffer in model.buffers())
+    # torch 2.14 has a new name for it, which Accelerate 1.15 does not pass on
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     return DistributedDataParallelKwargs(broadcast_buffers=others, find_unused_parameters=config.find_unused_parameters)
 
 

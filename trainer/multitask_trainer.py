@@ -24,6 +24,7 @@ class MultiTaskTrainer(MainTrainer):
     """Batches of images_BCHW and labels/<task>, a models.MultiHead."""
 
     kinds = ("several",)
+    usage = "outputs = model(images)  # by task: logits, or numbers as (number - mean) / std, of model.labels"
 
     @classmethod
     def usual_monitor(cls, model: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -18,9 +17,9 @@ NAMES = [f"{way}recall_at_{depth}" for way in ("", "image_to_text_") for depth i
 CHUNK = 1024  # queries whose similarities are at hand at a time
 
 
-def names_of(texts: Sequence[str]) -> Tensor:
-    """A number for each text that is another for any other, int64 [N]."""
-    digests = (blake2b(text.encode(), digest_size=8).digest() for text in texts)
+def names_of(tokens_TL: Tensor) -> Tensor:
+    """A number for each text that is another for any other that the model can tell from it, int64 [T]."""
+    digests = (blake2b(row.tobytes(), digest_size=8).digest() for row in tokens_TL.numpy())
     return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], dtype=torch.int64)
 
 

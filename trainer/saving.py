@@ -178,7 +178,10 @@ def write_best(trainer: BaseTrainer, metrics: dict[str, float], whole: dict[str,
     part = "Validation" if trainer.val_loader is not None else "Training"
     try:
         best.mkdir(parents=True, exist_ok=True)
-        write_whole(best / "README.md", model_card(trainer.config, model.config(), metrics, trainer.state.step, part))
+        write_whole(
+            best / "README.md",
+            model_card(trainer.config, model.config(), metrics, trainer.state.step, part, trainer.usage),
+        )
         model.write(best, whole)
     except WRITE_FAULTS as error:
         raise cannot_write(trainer, "the best model", trainer.run.path, error) from error
@@ -199,7 +202,7 @@ def restore_best(trainer: BaseTrainer) -> list[str]:
     metrics = {trainer.monitor: monitor.best}
     run.best.mkdir()
     shutil.copyfile(source / "config.json", run.best / "config.json")
-    card = model_card(trainer.config, model.config(), metrics, monitor.best_step, part)
+    card = model_card(trainer.config, model.config(), metrics, monitor.best_step, part, trainer.usage)
     write_whole(run.best / "README.md", card)
     weights = "ema.safetensors" if trainer.ema is not None else "model.safetensors"
     shutil.copyfile(source / weights, run.best / "model.safetensors")

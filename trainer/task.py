@@ -17,11 +17,13 @@ class Task(ABC):
     """Five abstract methods, which MainTrainer has for classification; what is below them fits most tasks as it is.
 
     kinds: what the labels may be, names of data/kinds.py. default_model, default_monitor: where the config names none.
+    usage: how a loaded model is called with images.
     """
 
     kinds: tuple[str, ...] = ("classes",)
     default_model = "simple_cnn"
     default_monitor = "accuracy"
+    usage = "logits = model(images)"  # for the card of a saved model
     loss_weights: Weights = None  # get_criterion may set them
 
     @abstractmethod
