@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from configs.errors import ConfigError, UserError
-from tests.conftest import ROOT, lines_of, run_script, same_run
+from tests.conftest import lines_of, run_script, same_run
 from tests.tiny import TinyNet, tiny_batches, tiny_trainer, weights
 from trainer import checkpoint, starting
 
@@ -55,27 +53,6 @@ def test_resumed_run_matches_uninterrupted_with_other_workers(uninterrupted):
     train(folder, "parts", "--num_workers", "2")
     same_run(uninterrupted, folder / "parts")
     assert json.loads((folder / "parts" / "status.json").read_text())["state"] == "done"
-
-
-def test_a_killed_run_matches_uninterrupted(uninterrupted):
-    folder = uninterrupted.parent
-    command = [sys.executable, "scripts/train.py", "--output_dir", str(folder), "--experiment_name", "killed", *OPTIONS]
-    samples = folder / "killed" / "samples.jsonl"
-    for lines in (8, 17):
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-        )
-        end = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < end:
-            if samples.is_file() and samples.read_text().count("\n") >= lines:
-                break
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert process.returncode == -signal.SIGKILL
-    said = train(folder, "killed")
-    assert "continuing" in said
-    same_run(uninterrupted, folder / "killed")
 
 
 def test_resume_by_path_takes_the_options_of_the_run(uninterrupted):
