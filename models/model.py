@@ -40,7 +40,7 @@ def check_name(name: str, task: str | None = None) -> None:
     names = model_names(task or ("image_text" if name.startswith(PREFIX) else None))
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:1]
-        others = {"images alone": None, "boxes": "detection", "captions": "image_text"}
+        others = {"boxes": "detection", "captions": "image_text", "images alone": None}
         elsewhere = next((labels for labels, other in others.items() if task and name in model_names(other)), None)
         what = f"{name!r} is a model for {elsewhere}" if elsewhere else f"no model is called {name!r}"
         raise ModelError(f"{what}: did you mean {' or '.join(near)}{f', for {task}' if task else ''}?")

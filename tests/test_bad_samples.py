@@ -138,7 +138,7 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+@pytest.mark.parametrize("streaming", [[], pytest.param(["--streaming"], marks=pytest.mark.long)])
 def test_a_run_over_bad_files_names_them_once_and_resumes_exactly(tmp_path, folder, streaming):
     flags = (
         "--batch_size 16 --epochs 3 --log_every 1 --save_every_steps 1 --cpu_threads 1 --split 0.8 0.2 0 "

@@ -153,7 +153,7 @@ def intact(root: Path) -> list[int]:
     return [checkpoint.step_of(folder) or 0 for folder in found if checkpoint.fault(folder) is None]
 
 
-@pytest.mark.parametrize("power_fails", [False, True])
+@pytest.mark.parametrize("power_fails", [pytest.param(False, marks=pytest.mark.long), True])
 @pytest.mark.parametrize("epochs", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_a_run_survives_a_crash_before_every_file_operation(tmp_path, epochs, power_fails):
     finish(tmp_path, epochs)

@@ -96,7 +96,8 @@ def test_sharded_weights_change_nothing(folder, batch_norm):
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("sharded", [False, True])
 def test_a_mean_of_epochs_and_a_teacher_change_with_no_number_of_processes(folder, any_cut, sharded):
     """Two epochs of 44 steps, and one that is cut off; BatchNorm's statistics of the mean are measured by all."""
     averaged = "--max_steps 100 --ema_decay 0 --swa_start_epoch 0 --swa_lr 0.02".split()
