@@ -175,10 +175,11 @@ def test_an_evaluation_counts_each_sample_once(folder, processes, flags):
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_all_processes_stop_early_and_slow_down_where_one_does(folder, processes):
     """By an evaluation that they share unevenly: 37 samples."""
-    flags = [*ANY_CUT, *"--dtype float64 --epochs 12 --split 0.18 0.021 0.799 --monitor loss --min_delta 0.2".split()]
-    flags += "--scheduler plateau --decay_epochs 1 --early_stopping --patience 3".split()
+    flags = [*ANY_CUT, *"--dtype float64 --epochs 12 --split 0.18 0.021 0.799 --monitor loss --min_delta 0.03".split()]
+    flags += "--lr 0.2 --scheduler plateau --decay_epochs 1 --early_stopping --patience 2".split()
     one = folder / "early" if (folder / "early").exists() else train(folder, "early", *flags)
     check_alike(one, train(folder, f"early_{processes}", *flags, processes=processes), 1e-9)
+    assert lines_of(one, "val")[1]["loss"] < lines_of(one, "val")[0]["loss"] - 0.03  # so that a wrong value is seen
     assert 3 < len(lines_of(one, "val")) < 12
     assert len({line["lr"] for line in lines_of(one, "train") if line["step"] > 5}) > 1
 
