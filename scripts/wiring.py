@@ -116,7 +116,7 @@ def check_monitored(config: Config, data: Data) -> None:
     """Refuse to let a task decide that no validation sample has a label for."""
     if not isinstance(data.kind, SeveralLabels) or data.val is None or data.val.streamed:
         return
-    deciding = (config.monitor or next(iter(data.kind.parts))).rpartition("/")[0 if config.monitor else 2]
+    deciding = config.monitor.rpartition("/")[0] if config.monitor else next(iter(data.kind.parts))
     if deciding in data.kind.parts and not len(data.kind.known(data.val.labels, deciding)):
         raise DataError(
             f"no validation sample has a label of {deciding}, whose metric decides what is best",
