@@ -14,7 +14,7 @@ from configs.errors import ConfigError, UserError
 from data.order import Draw, TrainOrder, even_parts
 from scripts.wiring import Adapt
 from trainer.base_trainer import BaseTrainer
-from trainer.metrics import Sums
+from trainer.metrics import Sums, counted_in
 from trainer.windows import Batch, Window
 
 NO_IDS = torch.empty(0, dtype=torch.int64)
@@ -93,11 +93,13 @@ def recording(number: int, window_start: int, processes: int) -> Adapt:
                     )
                 rows = [losses if isinstance(losses, dict) else {"loss": losses} for losses, _ in pending]
                 step.counts = [int(count) for _, count in pending]
-                step.losses = {name: [float(row[name]) for row in rows] for name in rows[0]}
-                for name, values in step.losses.items():
-                    entry = step.window.setdefault(name, [0.0, 0])
-                    for value, count in as_logged(values, step.counts, processes):
-                        if math.isfinite(value):
+                columns = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+                step.losses = {name: column.tolist() for name, column in columns.items()}
+                logged = {name: as_logged(column, step.counts, processes) for name, column in columns.items()}
+                if all(math.isfinite(value) for means in logged.values() for value, _ in means):
+                    for name, means in logged.items():
+                        entry = step.window.setdefault(name, [0.0, 0])
+                        for value, count in means:
                             entry[0] += value * count
                             entry[1] += count
                 if self.state.step == number:
@@ -118,13 +120,13 @@ def recording(number: int, window_start: int, processes: int) -> Adapt:
     return adapt
 
 
-def as_logged(values: list[float], counts: list[int], processes: int) -> list[tuple[float, int]]:
-    """Means and counts as a log line sums them up, in float32; several processes first meet, micro-batch by
-    micro-batch."""
+def as_logged(values: Tensor, counts: list[int], processes: int) -> list[tuple[float, int]]:
+    """Means and counts as a log line sums them up; several processes first meet, micro-batch by micro-batch."""
     if processes == 1:
-        return list(zip(torch.tensor(values).float().tolist(), counts))
+        return list(zip(values.tolist(), counts))
     counts_PM = torch.tensor(counts).view(processes, -1)
-    sums_M = (torch.tensor(values).float().view(processes, -1) * counts_PM.float()).sum(0)
+    values_PM = values.to(counted_in(values.dtype)).view(processes, -1)
+    sums_M = (values_PM * counts_PM.to(values_PM)).sum(0)
     return [(total / count, count) for total, count in zip(sums_M.tolist(), counts_PM.sum(0).tolist())]
 
 

@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, top_k_accuracy_score
 
 from configs.errors import Diverged
-from trainer.metrics import ClassificationMetrics, Meter, Sums, means
+from trainer.metrics import ClassificationMetrics, Meter, Reduce, Sums, means
 
 
 def test_metrics_equal_scikit_learn():
@@ -51,3 +51,22 @@ def test_a_loss_that_is_not_finite_names_its_step():
         meter.add({"loss": torch.tensor(1.0), "loss/part": torch.tensor(loss)}, 1, (), step)
     with pytest.raises(Diverged, match="loss/part is nan at step 6"):
         meter.read({})
+
+
+def test_a_step_that_is_not_finite_counts_for_nothing_however_it_was_cut():
+    """Of three steps of eight samples, the sixth of the second step's is bad."""
+    losses = torch.arange(24.0).reshape(3, 8)
+    losses[1, 5] = torch.nan
+
+    def sums(micro: int, samples: slice = slice(0, 8), reduce: Reduce | None = None) -> dict[str, float]:
+        meter, found = Meter(reduce=reduce, finite_only=True), Sums()
+        for step, of_step in enumerate(losses[:, samples], 1):
+            for part in of_step.split(micro):
+                meter.add(part.mean(), len(part), (), step)
+        meter.read(found)
+        return means(found)
+
+    sent: list[torch.Tensor] = []
+    sums(2, slice(4, 8), lambda tensor: sent.append(tensor) or tensor)
+    of_two_processes = sums(2, slice(0, 4), lambda tensor: tensor + sent.pop(0))
+    assert sums(8) == sums(2) == of_two_processes == {"loss": (sum(range(8)) + sum(range(16, 24))) / 16}

@@ -61,7 +61,7 @@ def check_alike(one: Path, other: Path, within: float) -> None:
     assert len(first) == len(second) > 1
     for line, same in zip(first, second):
         assert line.pop("kind") == same.pop("kind")
-        assert line == pytest.approx(same, rel=1e-5, abs=1e-7)  # sums of losses are float32
+        assert line == pytest.approx(same, rel=within, abs=within)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,11 @@ CURE = (
 Reduce = Callable[[Tensor], Tensor]  # the sum of a tensor over all processes
 
 
+def counted_in(precision: torch.dtype) -> torch.dtype:
+    """In which processes add up what each has found in this precision."""
+    return torch.promote_types(precision, torch.float32)
+
+
 def means(sums: Sums) -> dict[str, float]:
     return {name: value / count for name, (value, count) in sums.items() if count}
 
@@ -75,7 +80,8 @@ class Meter:
     def read(self, *sums: Sums) -> None:
         """Add what is pending to each of the sums and forget it.
 
-        A loss that is not finite raises Diverged, or with finite_only counts for nothing.
+        A loss that is not finite raises Diverged, or with finite_only all losses of its step count for nothing,
+        however the step was cut into micro-batches and processes.
         """
         if not self.losses:
             return
@@ -86,43 +92,41 @@ class Meter:
         first = pending[0][0]
         names = list(first) if isinstance(first, dict) else ["loss"]
         columns = [
-            torch.stack([losses[name] if isinstance(losses, dict) else losses for losses, _, _ in pending]).float()
+            torch.stack([losses[name] if isinstance(losses, dict) else losses for losses, _, _ in pending])
             for name in names
         ]
+        precision = counted_in(columns[0].dtype)
         if self.reduce is None:
             values = [column.tolist() for column in columns]
             totals = [float(hit) for hit in hit_sums.values()]
         else:
             device = columns[0].device
-            share = torch.tensor(counts, dtype=torch.float32, device=device)
-            rows = torch.stack([column * share for column in columns] + [share])
+            share = torch.tensor(counts, dtype=precision, device=device)
+            rows = torch.stack([column.to(precision) * share for column in columns] + [share])
             tail = torch.stack([*hit_sums.values(), torch.tensor(samples, device=device)]).float()
             *values, counts = self.reduce(rows).tolist()
             values = [[value / count if count else 0.0 for value, count in zip(row, counts)] for row in values]
             *totals, samples = self.reduce(tail).tolist()
-        if not self.finite_only:
-            self._refuse_non_finite(names, values, [step for _, _, step in pending])
+        steps = [step for _, _, step in pending]
+        wrong = {
+            step: f"{name} is {value} at step {step}"
+            for name, row in zip(names, values)
+            for value, step in zip(row, steps)
+            if not math.isfinite(value)
+        }
+        if wrong and not self.finite_only:
+            raise Diverged(wrong[min(wrong)], fix=CURE)
         for target in sums:
             for name, row in zip(names, values):
                 entry = target.setdefault(name, [0.0, 0])
-                for value, count in zip(row, counts):
-                    if math.isfinite(value):
+                for value, count, step in zip(row, counts, steps):
+                    if step not in wrong:
                         entry[0] += value * count
                         entry[1] += count
             for name, total in zip(hit_sums, totals):
                 entry = target.setdefault(name, [0.0, 0])
                 entry[0] += total
                 entry[1] += samples
-
-    @staticmethod
-    def _refuse_non_finite(names: list[str], values: list[list[float]], steps: list[int]) -> None:
-        for name, row in zip(names, values):
-            for value, step in zip(row, steps):
-                if not math.isfinite(value):
-                    raise Diverged(
-                        f"{name} is {value} at step {step}",
-                        fix=CURE,
-                    )
 
 
 class Metrics(Protocol):
