@@ -349,6 +349,7 @@ def seed_device(key: int, device: torch.device) -> None:
     """Seed the generators that a training step on this device draws from."""
     seed_cpu(key)
     if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(key & 0x7FFFFFFFFFFFFFFF)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(key & 0x7FFFFFFFFFFFFFFF)
     elif device.type == "mps":
         torch.mps.manual_seed(key & 0x7FFFFFFFFFFFFFFF)

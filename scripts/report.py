@@ -98,13 +98,14 @@ def place(error: BaseException) -> str:
 
 
 def fail(error: Exception, *, debug: bool) -> int:
-    """Print the block, on one process only where all of them fail alike; the exit code."""
+    """Print the block, on one process of a machine where all of them fail alike; the exit code."""
     if debug:
         print(hide_secrets("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     text, code = block(error)
     text = hide_secrets(text)  # the hub answers by signed addresses, which errors of the network repeat
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or not (met_by_all(error) or is_of_another_process(error)):
+    first_here = os.environ.get("LOCAL_RANK", rank) == "0"  # other machines may have other files
+    if first_here or not (met_by_all(error) or is_of_another_process(error)):
         print(text if rank == "0" else f"[process {rank}] {text}", file=sys.stderr, flush=True)
     return code
 

@@ -25,7 +25,7 @@ from models.model import build, check_model_args, check_name, input_size
 from models.pretrained import begin_from
 from models.recompute import recompute_blocks
 from models.views import MeanOfViews
-from trainer import micro_batch
+from trainer import launch, micro_batch
 from trainer.base_trainer import BaseTrainer
 from trainer.contrastive_trainer import ContrastiveTrainer
 from trainer.detection_trainer import DetectionTrainer
@@ -208,8 +208,11 @@ def build_trainer(config: Config, adapt: Adapt = lambda task: task) -> tuple[Bas
     check_names(config)
     accelerator = make_accelerator(config)
     config = replace(config, mixed_precision=accelerator.mixed_precision)
+    launch.check_processes_know_each_other(config, accelerator)
+    launch.check_flags(config, accelerator)
     with accelerator.main_process_first():  # one process prepares what the others then read
         config, data, notes = build_data(config, shown=accelerator.is_main_process)
+    launch.check_same(told_of(data), accelerator)
     model = build_model(config, data)
     assert config.task is not None
     task = TRAINERS[config.task]
@@ -228,6 +231,13 @@ def build_trainer(config: Config, adapt: Adapt = lambda task: task) -> tuple[Bas
         accelerator=accelerator,
     )
     return trainer, data, notes
+
+
+def told_of(data: Data) -> dict[str, Any]:
+    """What two machines have in common that have the same data."""
+    splits = {"training": data.train, "validation": data.val}
+    sizes = {f"the number of {name} samples": len(s) for name, s in splits.items() if s is not None and s.counted}
+    return {**sizes, "the list of classes": data.classes}
 
 
 def look_at_views(trainer: BaseTrainer) -> None:

@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from trainer import checkpoint
+from trainer.device import can_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -52,6 +53,7 @@ NEEDS_GPU = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is at hand"),
     pytest.mark.usefixtures("gpu_afresh"),
 ]
+NEEDS_BF16 = pytest.mark.skipif(not torch.cuda.is_available() or not can_bf16(), reason="no GPU here computes in bf16")
 
 
 def exit_code_of(work: Callable[[], object]) -> int:

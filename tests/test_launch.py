@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from configs.errors import ConfigError
 from scripts.multi_gpu import start_on_all_gpus
 from tests import bn_net
 from tests.conftest import ROOT, lines_of
+from trainer import launch, sharding
 from trainer.device import ddp_options, make_accelerator, with_synced_norms
 
 FILES = ROOT / "accelerate_configs"
@@ -49,6 +53,12 @@ def start(file: str, folder: Path, *flags: str) -> subprocess.Popen[str]:
     )
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def found(folder: Path) -> list[list]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("[0-9]*"))]
 
@@ -72,14 +82,91 @@ def test_a_launch_file_starts_what_it_says(tmp_path, monkeypatch, file, flags, p
 
 def test_two_machines_compute_together(tmp_path):
     """Two launchers of this machine, each with one process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     there = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
     nodes = [start("multi_node", tmp_path, *there, "--machine_rank", str(rank)) for rank in (0, 1)]
     said = [node.communicate(timeout=120)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert [line[:3] for line in found(tmp_path)] == [[0, 2, 2], [1, 2, 2]]
+
+
+def on_two_machines(*flags: list[str], folders: tuple[Path, Path] = (ROOT, ROOT)) -> list[str]:
+    """What the real command says on each of them, given its own flags; it has to fail on one at least."""
+    port = free_port()
+    there = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    launch = [sys.executable, "-m", "torch.distributed.run", *there]
+    machines = [
+        subprocess.Popen(
+            [*launch, "--node_rank", str(rank), "--", str(ROOT / "scripts/train.py"), *own],
+            cwd=folders[rank], env=os.environ | {"ACCELERATE_USE_CPU": "true"}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank, own in enumerate(flags)
+    ]  # fmt: skip
+    said = [machine.communicate(timeout=180)[0] for machine in machines]
+    assert any(machine.returncode for machine in machines), said
+    return said
+
+
+def test_a_flag_that_differs_between_machines_is_refused(tmp_path):
+    run = ["--output_dir", str(tmp_path), "--experiment_name", "x"]
+    said = on_two_machines([*run, "--lr", "0.1"], [*run, "--lr", "0.2"])
+    assert "error: --lr is 0.1 on process 0 (" in said[0] and "), and 0.2 on process 1 (" in said[0]
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.long
+def test_data_that_differ_between_machines_are_refused(tmp_path, image_folder):
+    copy = tmp_path / "copy"
+    shutil.copytree(image_folder, copy)
+    next((copy / "dark").iterdir()).unlink()
+    run = ["--image_size", "16", "--batch_size", "4", "--output_dir", str(tmp_path), "--experiment_name", "x"]
+    said = on_two_machines(*([*run, "--train_data_dir", str(data)] for data in (image_folder, copy)))
+    assert "error: the number of training samples is " in said[0]
+    shutil.rmtree(copy)
+    said = on_two_machines(*([*run, "--train_data_dir", str(data)] for data in (image_folder, copy)))
+    assert "[process 1] error: no such folder of images" in said[1]
+    assert "another one has ended" in said[0]
+
+
+@pytest.mark.long
+def test_a_checkpoint_that_one_machine_does_not_see_is_named(tmp_path):
+    machines = tmp_path / "one", tmp_path / "other"
+    for machine in machines:
+        machine.mkdir()
+    run = ["--experiment_name", "x", "--max_steps", "4"]
+    stop = [*run, "--stop_after_steps", "2"]
+    assert "--resume runs/x" in on_two_machines(stop, stop, folders=machines)[0]
+    said = on_two_machines(run, run, folders=machines)
+    assert "does not see the checkpoint that the run goes on from" in said[1]
+    assert "all machines share" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"--lr": 0.1, "classes": ["a"]}, None),
+        ({"--lr": 0.1, "classes": ["b"]}, r"classes is \['a'\] on process 0 \(.*\), and \['b'\] on process 1"),
+        ({"--lr": 0.1, "classes": ["a"], "more": 1}, "more is None on process 0 .*, and 1 on process 1"),
+    ],
+)
+def test_processes_that_were_told_different_things_are_refused(monkeypatch, other, words):
+    monkeypatch.setattr(launch, "gather_object", lambda mine: [*mine, ("elsewhere", other)])
+    two = SimpleNamespace(num_processes=2)
+    with pytest.raises(ConfigError, match=words) if words else nullcontext():
+        launch.check_same({"--lr": 0.1, "classes": ["a"]}, two)
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_tasks_that_do_not_know_each_other_are_refused(monkeypatch, name):
+    """Unless each is said to be a run of its own."""
+    alone, config = SimpleNamespace(num_processes=1), make_config()
+    launch.check_processes_know_each_other(config, alone)
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(ConfigError, match="started 4 processes, but they do not know each other"):
+        launch.check_processes_know_each_other(config, alone)
+    launch.check_processes_know_each_other(make_config(expect_processes=1), alone)
+    launch.check_processes_know_each_other(config, SimpleNamespace(num_processes=8))
 
 
 def test_a_plain_command_starts_a_process_for_each_gpu(tmp_path):
@@ -123,6 +210,27 @@ def test_fsdp_where_it_would_silently_be_something_else_is_refused(monkeypatch):
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(ConfigError, match=r"asks for FSDP, and what there is would be 1 process\(es\) without"):
         make_accelerator(make_config())
+
+
+@pytest.mark.parametrize(
+    ("options", "precision", "words"),
+    [
+        ({}, "fp16", "--mixed_precision fp16 does not go"),
+        ({"channels_last": True}, "no", "--channels_last does not go"),
+    ],
+)
+def test_what_sharded_weights_cannot_do_is_refused(options, precision, words):
+    sharding.check_options(make_config(), "bf16")
+    with pytest.raises(ConfigError, match=words):
+        sharding.check_options(make_config(**options), precision)
+
+
+def test_bf16_where_a_gpu_merely_emulates_it_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(ConfigError, match="Tesla T4 cannot compute in bf16"):
+        make_accelerator(make_config(mixed_precision="bf16"))
 
 
 def test_the_fsdp_file_shards_and_computes_in_the_precision_of_the_run(tmp_path):

@@ -22,10 +22,10 @@ from configs.errors import ConfigError, DataError, Diverged, UserError
 from configs.options import Config
 from data.batch_sizes import BatchSizes, check_shares
 from data.order import Use, mix, seed_device
-from trainer import checkpoint, freezing, reporting, run_folder, saving, sharding, signals, starting, swa
+from trainer import freezing, reporting, run_folder, saving, sharding, signals, starting, swa
 from trainer.bad_samples import BadSamples, ReportingLoader
 from trainer.batch_statistics import BatchStatistics
-from trainer.device import ddp_options, make_accelerator, moved_ahead, with_synced_norms
+from trainer.device import ddp_options, make_accelerator, moved_ahead, set_algorithms, with_synced_norms
 from trainer.losses import Criterion, Losses, loss_names, total
 from trainer.metrics import CURE, Meter
 from trainer.monitor import check_monitor, higher_is_better
@@ -72,7 +72,8 @@ class BaseTrainer(Task):
         self.resume_from, self.messages = from_main(lambda: starting.find_checkpoint(self))
         self.state = TrainState(wandb_id=from_main(lambda: uuid4().hex[:12]))
         if self.resume_from:
-            self.state = TrainState.from_json(checkpoint.read_state(self.resume_from))
+            self.state = starting.read_state(self, self.resume_from)
+        set_algorithms(config)
         starting.set_threads(self)
 
         if config.sync_batch_norm:

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from configs.errors import ConfigError
 from configs.options import Config
 from trainer import sharding
+from trainer.windows import as_dict
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -39,7 +40,7 @@ def make_accelerator(config: Config) -> Accelerator:
     if config.dtype == "float64" and (wanted != "no" or not (use_cpu or torch.cuda.is_available())):
         where = f"with --mixed_precision {wanted}" if wanted != "no" else "on MPS"
         raise ConfigError(f"--dtype float64 cannot be had {where}", fix="take --mixed_precision no, and a CPU or CUDA")
-    if wanted == "bf16" and torch.cuda.is_available() and not use_cpu and not torch.cuda.is_bf16_supported():
+    if wanted == "bf16" and torch.cuda.is_available() and not use_cpu and not can_bf16():
         raise ConfigError(
             f"{torch.cuda.get_device_name()} cannot compute in bf16", fix="take --mixed_precision fp16 or no"
         )
@@ -56,12 +57,18 @@ def make_accelerator(config: Config) -> Accelerator:
         )
     if fsdp is not None:
         sharding.check_it_is_there(accelerator)
+        sharding.check_options(config, accelerator.mixed_precision)
     if config.expect_processes not in (None, started):
         raise ConfigError(
             f"--expect_processes {config.expect_processes}, but the launcher started {started}",
             fix="see `Several processes` in the README: some ways to start several start one",
         )
     return accelerator
+
+
+def can_bf16() -> bool:
+    """In hardware: GPUs before Ampere emulate parts of it, and have no convolutions."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def ddp_options(config: Config, model: nn.Module) -> DistributedDataParallelKwargs:
@@ -82,6 +89,14 @@ def with_synced_norms(model: nn.Module, device: torch.device) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
+def set_algorithms(config: Config) -> None:
+    """Before anything is computed: CUDA's libraries read the variable once."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
 def default_threads(processes_here: int) -> int:
     """The cores of this machine, shared out over its processes."""
     return max(1, (os.cpu_count() or 1) // max(1, processes_here))
@@ -97,7 +112,8 @@ def moved_ahead(
     copies = copy_stream(device)
     waiting: tuple[dict[str, Any], torch.cuda.Event] | None = None
     for item in items:
-        with torch.cuda.stream(copies):
+        there_already = any(isinstance(value, Tensor) and value.is_cuda for value in as_dict(item).values())
+        with torch.cuda.stream(None if there_already else copies):  # what is being computed is not read elsewhere
             batch = move(item)
         following = batch, copies.record_event()
         if waiting is not None:
@@ -125,6 +141,6 @@ def arrived(batch: dict[str, Any], copied: torch.cuda.Event) -> dict[str, Any]:
     computing = torch.cuda.current_stream()
     computing.wait_event(copied)
     for value in batch.values():
-        if isinstance(value, torch.Tensor) and value.is_cuda:
+        if isinstance(value, Tensor) and value.is_cuda:
             value.record_stream(computing)
     return batch

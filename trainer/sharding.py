@@ -18,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configs.errors import ConfigError
+from configs.options import Config
 
 if TYPE_CHECKING:
     from trainer.base_trainer import BaseTrainer
@@ -44,8 +45,13 @@ def check_it_is_there(accelerator: Accelerator) -> None:
             f"the launcher asks for FSDP, and what there is would be {accelerator.num_processes} process(es) without",
             fix=f"FSDP needs two GPUs or more; without it: {FIX}",
         )
-    if accelerator.mixed_precision == "fp16":
+
+
+def check_options(config: Config, precision: str) -> None:
+    if precision == "fp16":
         raise ConfigError("--mixed_precision fp16 does not go with FSDP", fix="take --mixed_precision bf16 or no")
+    if config.channels_last:
+        raise ConfigError("--channels_last does not go with FSDP, which cuts weights along their rows", fix=FIX)
 
 
 def compute_in_precision(model: nn.Module, accelerator: Accelerator) -> None:

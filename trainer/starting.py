@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import torch
 from configs.errors import ConfigError
 from trainer import checkpoint, reporting, run_folder, saving
 from trainer.device import default_threads
+from trainer.state import TrainState
 from trainer.trackers import open_trackers
 
 if TYPE_CHECKING:
@@ -27,17 +29,26 @@ def find_checkpoint(trainer: BaseTrainer) -> tuple[Path | None, list[str]]:
     return found, lines + (run_folder.check_same_run(config, run.path) if found else [])
 
 
+def read_state(trainer: BaseTrainer, folder: Path) -> TrainState:
+    try:
+        return TrainState.from_json(checkpoint.read_state(folder))
+    except FileNotFoundError:
+        if trainer.is_main:
+            raise
+        raise ConfigError(
+            f"{socket.gethostname()} does not see the checkpoint that the run goes on from",
+            where=str(folder.absolute()),
+            fix="an --output_dir on a disk that all machines share; or copy the run folder to each of them",
+        ) from None
+
+
 def set_threads(trainer: BaseTrainer) -> None:
-    """Threads and algorithms decide the last bits: set them before anything is computed, keep them at a resume."""
+    """Their number decides the last bits: it is set before anything is computed, and kept at a resume."""
     config, state = trainer.config, trainer.state
     if config.cpu_threads or not trainer.resume_from:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.processes.number))
         state.cpu_threads = config.cpu_threads or default_threads(here)
     torch.set_num_threads(state.cpu_threads)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses matrix products without it
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
 
 
 def check_lengths(trainer: BaseTrainer) -> None:
