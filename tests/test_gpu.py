@@ -13,7 +13,7 @@ from configs.arguments import make_config
 from configs.errors import Diverged
 from data.dataset import load_data
 from data.loader import train_loader
-from tests.conftest import NEEDS_GPU, lines_of, run_script, same_run
+from tests.conftest import NEEDS_BF16, NEEDS_GPU, lines_of, run_script, same_run
 from tests.test_nonfinite import BAD_STEP, BatchNormNet, batches_with, by_hand, trainer_of
 from tests.tiny import TinyNet, distance, tiny_batches, tiny_trainer, weights
 from trainer import checkpoint
@@ -23,6 +23,7 @@ from trainer.main_trainer import MainTrainer
 pytestmark = NEEDS_GPU
 
 PLAIN = {"batch_size": 8, "lr": 0.1, "optimizer": "sgd"}
+BF16 = pytest.param("bf16", torch.bfloat16, marks=NEEDS_BF16)
 
 # ---- the same numbers -------------------------------------------------------------------------------------
 
@@ -52,7 +53,7 @@ class Seen(MainTrainer):
         return losses, predictions
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(("precision", "dtype"), [BF16, ("fp16", torch.float16)])
 def test_mixed_precision_learns_with_outputs_and_losses_in_float32(tmp_path, precision, dtype):
     batches, inside = tiny_batches([16]), set()
     options = {"batch_size": 16, "lr": 0.05, "epochs": 150, "mixed_precision": precision}
@@ -97,7 +98,7 @@ def test_what_travels_ahead_on_its_own_stream_arrives_whole(tmp_path):
 # ---- coming back ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=NEEDS_BF16), "fp16"])
 def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path, precision):
     """With fp16 also the scale of the loss, which here grows every three steps."""
     options = {**PLAIN, "momentum": 0.9, "ema_decay": 0.9, "deterministic": True, "mixed_precision": precision}
@@ -116,6 +117,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path, precision):
         assert whole.scaler.state_dict() == resumed.scaler.state_dict()
 
 
+@NEEDS_BF16
 def test_a_real_run_goes_on_in_a_fresh_process_to_the_last_bit(tmp_path):
     flags = (
         "--epochs 1 --batch_size 96 --micro_batch_size 32 --mixup 0.2 --cutmix 1.0 --ema_decay 0.99 --grad_clip "

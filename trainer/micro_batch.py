@@ -18,9 +18,10 @@ from configs.yaml_file import read_yaml
 from data.batch_sizes import BatchSizes, check_shares
 from data.order import even_parts
 from trainer import run_folder
+from trainer.device import set_algorithms
 from trainer.optim import build_optimizers
 
-TOO_MUCH = ("ALLOC_FAILED", "out of memory", "32-bit")
+TOO_MUCH = ("ALLOC_FAILED", "out of memory", "32-bit", "unable to find an engine")
 SPARE = 0.1  # of the GPU's memory, for what a run adds: NCCL's buffers, fragments, an evaluation
 
 
@@ -34,11 +35,17 @@ def found_or_recorded(config: Config, model: nn.Module, images: tuple[int, int, 
         return known
     check_memory_can_be_tried(accelerator)
     check_shares(BatchSizes.of(config), accelerator.num_processes)
-    share = max(BatchSizes.of(config).all()) // accelerator.num_processes
+    set_algorithms(config)
+    share = largest_share(config, accelerator)
     found = min(gather_object([largest(share, lambda size: fits(config, model, images, size, accelerator))]))
     if not found:
         raise ConfigError("not even the smallest micro-batch fits into the GPU's memory", fix="a smaller --image_size")
     return found
+
+
+def largest_share(config: Config, accelerator: Accelerator) -> int:
+    """Samples of one process in an optimizer step."""
+    return max(BatchSizes.of(config).all()) // accelerator.num_processes
 
 
 def recorded(config: Config) -> int | None:
@@ -68,24 +75,10 @@ def fits(config: Config, model: nn.Module, images: tuple[int, int, int], size: i
     """Whether so many images can be trained on beside all that a run keeps. The model stays as it is."""
     device = accelerator.device
     buffers = [buffer.clone() for buffer in model.to(device).buffers()]
-    kept: list[Any] = []
     try:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        averaged = config.ema_decay > 0 or config.swa_start_epoch is not None
-        copies = averaged + (accelerator.num_processes > 1)  # averages; DDP's buckets
-        kept += [torch.empty_like(weight) for weight in weights for _ in range(copies)]
-        for weight in weights:
-            weight.grad = torch.zeros_like(weight)
-        for optimizer in build_optimizers(model, config):
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0  # its states appear, and no weight moves
-            optimizer.step()
-            kept.append(optimizer)
-        with accelerator.autocast():
-            outputs = model.train()(torch.zeros(size, *images, dtype=torch.uint8, device=device))
-        torch.stack([out.float().mean() for out in tree_leaves(outputs) if isinstance(out, Tensor)]).sum().backward()
+        train_on_nothing(config, model, images, size, accelerator)
         if device.type != "cuda":
             return True
         free, total = torch.cuda.mem_get_info(device)
@@ -97,7 +90,6 @@ def fits(config: Config, model: nn.Module, images: tuple[int, int, int], size: i
             return False
         raise
     finally:
-        kept.clear()
         with torch.no_grad():
             for buffer, before in zip(model.buffers(), buffers):
                 buffer.copy_(before)
@@ -105,3 +97,27 @@ def fits(config: Config, model: nn.Module, images: tuple[int, int, int], size: i
             parameter.grad = None
         if device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+def train_on_nothing(
+    config: Config, model: nn.Module, images: tuple[int, int, int], size: int, accelerator: Accelerator
+) -> None:
+    """A step on black images that moves no weight, with all in memory that a run keeps there."""
+    device = accelerator.device
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    averaged = config.ema_decay > 0 or config.swa_start_epoch is not None
+    copies = averaged + (accelerator.num_processes > 1)  # averages; DDP's buckets
+    kept: list[Any] = [torch.empty_like(weight) for weight in weights for _ in range(copies)]
+    at_hand = 2 * largest_share(config, accelerator)  # the step's images, and those of the next
+    kept.append(torch.empty(at_hand, *images, dtype=torch.uint8, device=device))
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    for optimizer in build_optimizers(model, config):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # its states appear
+        optimizer.step()
+        kept.append(optimizer)
+    with accelerator.autocast():
+        outputs = model.train()(torch.zeros(size, *images, dtype=torch.uint8, device=device))
+    torch.stack([out.float().mean() for out in tree_leaves(outputs) if isinstance(out, Tensor)]).sum().backward()

@@ -32,11 +32,12 @@ def log_step(trainer: BaseTrainer, bar: EpochBar) -> None:
 
 def log_speed(trainer: BaseTrainer) -> None:
     """Of the epoch's training: samples a second, the share of time that data and saves were waited for, and how much
-    of what the devices can compute was made use of."""
+    of what the devices can compute was made use of. The memory is that of the evaluation, too."""
     values = trainer.clock.speed() | {"save_stall_seconds": trainer.saver.stall_seconds}
     trainer.saver.stall_seconds = 0.0
     if trainer.device.type == "cuda":
         values["peak_memory_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
+        torch.cuda.reset_peak_memory_stats(trainer.device)
     if (used := utilization(trainer, values["samples_per_second"])) is not None:
         values["mfu"] = used
     trainer.run.log("speed", {"step": trainer.state.step, "epoch": trainer.state.epoch, **values})
