@@ -29,11 +29,10 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"--output {arguments.output}: the name must end with .jsonl or .csv")
         if arguments.batch_size < 1:
             raise ConfigError(f"--batch_size is {arguments.batch_size}: it must be at least 1")
-        from scripts.prediction import drawn, predict_files, write
+        from scripts.prediction import predict_files, write
 
-        rows = predict_files(arguments.weights, arguments.inputs, arguments.batch_size, tta=arguments.tta)
-        if arguments.draw:
-            rows = drawn(rows, arguments.draw)
+        weights, inputs = arguments.weights, arguments.inputs
+        rows = predict_files(weights, inputs, arguments.batch_size, tta=arguments.tta, draw=arguments.draw)
         written, failed = write(rows, arguments.output)
         print(
             f"{written} predictions written to {arguments.output}"

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import models
 from configs.arguments import make_config
-from configs.errors import DataError
+from configs.errors import ConfigError, DataError
 from data.box_dataset import BoxTransform, eval_box_transform
 from data.boxes import NONE
 from data.decode import decode
@@ -28,13 +28,19 @@ from trainer.detection_trainer import with_boxes
 Row = dict[str, Any]
 
 
-def predict_files(weights: str, inputs: list[Path], batch_size: int, *, tta: bool = False) -> Iterator[Row]:
+def predict_files(
+    weights: str, inputs: list[Path], batch_size: int, *, tta: bool = False, draw: Path | None = None
+) -> Iterator[Row]:
     """A row for each image: path and what the task predicts (label, probability); or path and error for a file that is
     no image.
 
-    Weights and inputs are looked at before the first row is asked for.
+    Weights and inputs are looked at before the first row is asked for. draw: a folder for the pictures with boxes.
     """
-    return predictions(models.load(weights), list(image_files(inputs)), batch_size, tta=tta)
+    model = models.load(weights)
+    if draw is not None and "boxes" not in TRAINERS[model.task].kinds:
+        raise ConfigError(f"--draw draws boxes, and the task of this model is {model.task}", where=weights)
+    rows = predictions(model, list(image_files(inputs)), batch_size, tta=tta)
+    return rows if draw is None else drawn(rows, draw)
 
 
 def predictions(model: models.BaseModel, paths: list[Path], batch_size: int, *, tta: bool = False) -> Iterator[Row]:

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +166,9 @@ def test_predict_reads_files_and_folders_and_names_what_it_cannot_read(run, tmp_
     assert json.loads(lines.read_text())["label"] == rows[1]["label"]
     done = run_script("predict.py", "--weights", tmp_path / "nothing", tmp_path / "in", rc=2)
     assert "does not exist" in done.stderr
+    done = run_script("predict.py", "--weights", run, tmp_path / "in", "--draw", tmp_path / "drawn", rc=2)
+    assert "--draw draws boxes, and the task of this model is classification" in done.stderr
+    assert not (tmp_path / "drawn").exists()
 
 
 def test_a_run_pushes_its_best_model_and_anyone_loads_it(tmp_path):
@@ -194,7 +196,12 @@ def test_a_run_pushes_its_best_model_and_anyone_loads_it(tmp_path):
         assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("preset", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+PRESETS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(  # the commands of the README run the others, see tests/test_readme.py
+    "preset", [pytest.param(name, marks=[] if name == "cifar10.yaml" else pytest.mark.long) for name in PRESETS]
+)
 def test_every_preset_trains_at_tiny_size(preset, tmp_path, image_folder):
     data = ["--train_data_dir", image_folder, "--image_size", "16", "--split", "0.75", "0.25", "0"]
     own = {"digit_captions.yaml": [], "digit_scenes.yaml": [], "bccd.yaml": ["--dataset", "digit_scenes"]}
@@ -227,13 +234,12 @@ def test_commands_run_uninstalled_from_anywhere_and_as_a_module(tmp_path):
     ],
 )
 def test_a_fault_is_one_block_that_says_what_to_do(tmp_path, flags, rc, words):
-    start = time.perf_counter()
     done = run_script("train.py", "--output_dir", tmp_path, *flags, rc=rc)
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error:") == 1
     for word in words:
         assert word in done.stderr
-    assert rc != 2 or time.perf_counter() - start < 20  # 3 s on a quiet machine
+    assert rc != 2 or not any(tmp_path.iterdir())  # no run was begun
 
 
 def test_running_out_of_memory_says_what_to_lower():
@@ -321,7 +327,7 @@ def test_a_tracker_that_hangs_neither_stops_nor_holds_a_run(tmp_path, where):
     (tmp_path / "wandb.py").write_text(
         "import time\n"
         "def hang(name):\n"
-        f"    if name == {where!r}: time.sleep(300)\n"
+        f"    if name == {where!r}: time.sleep(3000)\n"
         "class Run:\n"
         "    def log(self, values): hang('log')\n"
         "    def log_artifact(self, artifact): pass\n"
@@ -333,7 +339,6 @@ def test_a_tracker_that_hangs_neither_stops_nor_holds_a_run(tmp_path, where):
         "def Settings(**_): pass\n"
     )
     flags = [*TINY, "--output_dir", tmp_path, "--experiment_name", "t", "--use_wandb", "--stop_after_steps", "2"]
-    start = time.perf_counter()
     command = [sys.executable, "-c", f"from trainer import trackers; trackers.FINISH_SECONDS = 2; {RUN_TRAIN}", *flags]
     done = subprocess.run(
         list(map(str, command)),
@@ -341,8 +346,8 @@ def test_a_tracker_that_hangs_neither_stops_nor_holds_a_run(tmp_path, where):
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
+        timeout=600,
     )
     assert done.returncode == 75, done.stderr
     assert "warning: W&B stopped (it did not finish in 2 s)" in done.stdout
-    assert time.perf_counter() - start < 60
     assert json.loads((tmp_path / "t" / "status.json").read_text())["state"] == "preempted"

@@ -74,7 +74,7 @@ class EpochBar:
 class Table:
     """One line an epoch, at most 80 characters wide."""
 
-    HEAD = "  epoch  train loss   train {0:<5}   val loss     val {0:<5}  samples/s  wait"
+    HEAD = "  epoch  train loss  {0:>11}     val loss  {0:>11}  samples/s  wait"
 
     def __init__(self, monitor: str, *, shown: bool):
         self.monitor, self.shown, self.begun = monitor, shown, False
@@ -83,7 +83,7 @@ class Table:
         if not self.shown:
             return
         if not self.begun:
-            print(self.HEAD.format(self.monitor.rpartition("/")[2][:5]))
+            print(self.HEAD.format(self.monitor.rpartition("/")[2][:11]))
             self.begun = True
         train, val = results["train"], results.get("val", {})
         cells = [train.get("loss"), train.get(self.monitor), val.get("loss"), val.get(self.monitor)]
