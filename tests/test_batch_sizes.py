@@ -73,10 +73,8 @@ def test_batches_and_learning_rate_follow_the_schedule(whole):
     )
 
 
-@pytest.mark.parametrize(
-    "course",
-    [[(50, 2), (0, 1)], pytest.param([(20, 1), (24, 2), (16, 1), (30, 4), (0, 1)], marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("course", [[(50, 2), (0, 1)], [(20, 1), (24, 2), (16, 1), (30, 4), (0, 1)]])
 def test_a_run_with_a_schedule_goes_on_anywhere_with_other_processes(folder, whole, course):
     """Stopped within an epoch of each size, and at the end of one."""
     for steps, processes in course:

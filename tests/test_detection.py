@@ -238,6 +238,7 @@ def check_alike(one: Path, other: Path) -> None:
         assert line.get("loss", 0) == pytest.approx(same.get("loss", 0), rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_detector_that_is_sharded_learns_the_same(folder, whole):
     check_alike(whole, train(folder, "sharded", *EXACT, "--micro_batch_size", 8, processes=2, sharded=True))
 

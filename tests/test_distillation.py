@@ -115,6 +115,7 @@ def test_the_teacher_sees_the_mixed_images_at_the_size_that_it_is_used_to(tmp_pa
     assert resized(pixels, 9) is pixels
 
 
+@pytest.mark.long
 def test_a_compiled_student_has_a_compiled_teacher(tmp_path):
     batches, results = tiny_batches([8] * 2), []
     for compiled in (False, True):

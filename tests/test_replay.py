@@ -168,7 +168,9 @@ def test_the_schedule_that_listens_to_evaluations_hears_them_again(tmp_path, cap
     assert "metrics.jsonl, mean of steps 91 to 135: equal to the last bit" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("batch", ["96", "66"])  # 66: each process cuts its 33 samples into 18 and 15
+@pytest.mark.parametrize(
+    "batch", [pytest.param("96", marks=pytest.mark.long), "66"]
+)  # 66: each process cuts its 33 samples into 18 and 15
 def test_one_process_computes_what_two_did(tmp_path, capsys, batch):
     flags = ["--output_dir", str(tmp_path), "--experiment_name", "two", "--batch_size", batch]
     flags += "--micro_batch_size 30 --max_steps 12 --log_every 1 --cpu_threads 1 --augment trivialaugment".split()

@@ -474,7 +474,7 @@ def test_a_run_on_an_uncounted_stream_validates_and_is_tested(tar_files, tmp_pat
 @pytest.mark.parametrize(
     "sessions",  # (processes, workers, the step each ends at)
     [
-        [(1, 2, 20), (2, 1, 45), (1, 0, 60)],
+        [(1, 2, 20), (2, 1, 60)],
         pytest.param([(1, 4, 10), (4, 0, 25), (2, 2, 40), (4, 1, 50), (1, 0, 60)], marks=pytest.mark.long),
     ],
 )
