@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -126,7 +127,7 @@ def as_logged(values: Tensor, counts: list[int], processes: int) -> list[tuple[f
         return list(zip(values.tolist(), counts))
     counts_PM = torch.tensor(counts).view(processes, -1)
     values_PM = values.to(counted_in(values.dtype)).view(processes, -1)
-    sums_M = (values_PM * counts_PM.to(values_PM)).sum(0)
+    sums_M = functools.reduce(torch.add, values_PM * counts_PM.to(values_PM))
     return [(total / count, count) for total, count in zip(sums_M.tolist(), counts_PM.sum(0).tolist())]
 
 

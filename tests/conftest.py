@@ -42,9 +42,10 @@ def run_script(
 
 
 # What accelerate_configs/fsdp2.yaml makes of the environment, for tests/bn_net.py.
-FSDP = {
+FSDP = {  # as `accelerate config` sets it, with what it adds without being asked
     "FSDP_ON_CPU": "1", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }  # fmt: skip
 
 

@@ -23,7 +23,8 @@ from scripts.multi_gpu import start_on_all_gpus
 from tests import bn_net
 from tests.conftest import ROOT, lines_of
 from trainer import launch, sharding
-from trainer.device import ddp_options, make_accelerator, with_synced_norms
+from trainer.ddp import ddp_options, with_synced_norms
+from trainer.device import make_accelerator
 
 FILES = ROOT / "accelerate_configs"
 # Each process tells what it is, and what all of them are together.
@@ -32,7 +33,8 @@ import json, os, sys
 sys.path.insert(0, {root!r})
 import torch
 from configs.arguments import make_config
-from trainer.device import ddp_options, make_accelerator, with_synced_norms
+from trainer.ddp import ddp_options, with_synced_norms
+from trainer.device import make_accelerator
 accelerator = make_accelerator(make_config())
 together = accelerator.reduce(torch.ones(()), "sum").item()
 found = [accelerator.process_index, accelerator.num_processes, together, accelerator.mixed_precision]
@@ -196,11 +198,37 @@ def test_another_number_of_processes_than_expected_is_refused():
     make_accelerator(make_config(expect_processes=1))
 
 
-@pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM"])
-def test_what_would_silently_be_something_else_is_refused(monkeypatch, name):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(ConfigError, match=f"the launcher asks for {name}"):
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "asks for DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "asks for Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "asks for parallelism within a model"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "give --compile"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "--batch_size is that of a whole step"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "asks for fp8 precision"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "give --gradient_checkpointing"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "asks for fsdp_offload_params"),
+        ("FSDP_IGNORED_MODULES", "body.0", "asks for fsdp_ignored_modules"),
+        ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "take TRANSFORMER_BASED_WRAP"),
+    ],
+)
+def test_what_the_launcher_asks_for_in_vain_is_refused(monkeypatch, variable, value, words):
+    monkeypatch.setenv(variable, value)
+    if variable.startswith("FSDP"):
+        launch.check_requests()  # nobody asks for FSDP
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError) as refused:
         make_accelerator(make_config())
+    assert words in str(refused.value)
+
+
+def test_what_the_launcher_says_without_being_told_is_no_request(monkeypatch):
+    for name in ("DYNAMO_BACKEND=NO", "GRADIENT_ACCUMULATION_STEPS=1", "USE_DEEPSPEED=false", "USE_FSDP=true"):
+        monkeypatch.setenv(f"ACCELERATE_{name.split('=')[0]}", name.split("=")[1])
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "false")
+    monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "NO_WRAP")
+    launch.check_requests()
 
 
 def test_fsdp_where_it_would_silently_be_something_else_is_refused(monkeypatch):

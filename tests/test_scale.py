@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from models import BaseModel
 from tests import bn_net  # noqa: F401 adds its model
-from tests.conftest import FSDP, ROOT, lines_of
+from tests.conftest import FSDP, ROOT, lines_of, same_run
 from trainer import checkpoint
 
 # learning rate, averages, clipping, mixing and augmentation at work; plain gradient descent hides no scale
@@ -191,3 +191,15 @@ def test_a_run_goes_on_with_another_number_of_processes(folder, batch_norm, cour
         stop = ["--stop_after_steps", "60"] if number < len(course) - 1 else []
         run = train(folder, name, *BATCH_NORM, *WHOLE, *stop, processes=processes)
     check_alike(batch_norm, run, 1e-9)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("processes", "sharded"), [(3, False), (4, False), (3, True)])
+def test_the_same_number_of_processes_resumes_to_the_last_bit(folder, processes, sharded):
+    """In float32, where three processes or more add up gradients in an order that has to be the same again."""
+    name = f"bits_{processes}_{sharded}"
+    flags = [*BATCH_NORM, "--batch_size", "48", "--max_steps", "20", "--save_every_steps", "7"]
+    whole = train(folder, f"{name}_whole", *flags, processes=processes, sharded=sharded)
+    for stop in (["--stop_after_steps", "6"], ["--stop_after_steps", "8"], []):
+        run = train(folder, name, *flags, *stop, processes=processes, sharded=sharded)
+    same_run(whole, run)

@@ -25,7 +25,8 @@ from data.order import Use, mix, seed_device
 from trainer import freezing, reporting, run_folder, saving, sharding, signals, starting, swa
 from trainer.bad_samples import BadSamples, ReportingLoader
 from trainer.batch_statistics import BatchStatistics
-from trainer.device import ddp_options, make_accelerator, moved_ahead, set_algorithms, with_synced_norms
+from trainer.ddp import ddp_options, settle_buckets, with_synced_norms
+from trainer.device import make_accelerator, moved_ahead, set_algorithms
 from trainer.losses import Criterion, Losses, loss_names, total
 from trainer.metrics import CURE, Meter
 from trainer.monitor import check_monitor, higher_is_better
@@ -86,7 +87,10 @@ class BaseTrainer(Task):
         freezing.freeze(self)
         if self.accelerator.ddp_handler is None:
             self.accelerator.ddp_handler = ddp_options(config, self.plain_model)
+        if self.sharded:
+            sharding.check_blocks(self.plain_model, self.accelerator)
         self.model, *_ = self.accelerator.prepare(self.plain_model, *self.optimizers)
+        settle_buckets(self.model)
         if self.sharded:
             sharding.compute_in_precision(self.plain_model, self.accelerator)
         if config.compile:
@@ -97,7 +101,7 @@ class BaseTrainer(Task):
 
         self.criterion: Criterion = self.get_criterion()
         self.bad_samples = BadSamples(self.run, config.max_bad_fraction, self.processes.gather_lines)
-        self.meter = Meter(self.hits, self.reduce, finite_only=config.nonfinite != "stop")
+        self.meter = Meter(self.hits, self.processes.add_up, finite_only=config.nonfinite != "stop")
         self.nonfinite = NonFinite(self)
         self.batch_statistics = BatchStatistics(self.plain_model, self.reduce)
         self.saver = saving.Saver(self)

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor
 
 from configs.errors import ConfigError
 from configs.options import Config
-from trainer import sharding
+from trainer import launch, sharding
 from trainer.windows import as_dict
 
 
 def make_accelerator(config: Config) -> Accelerator:
     """CUDA, MPS or CPU, whichever is there. Raises ConfigError for a precision or launch that cannot work."""
-    for name in ("DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes"):
-            raise ConfigError(f"the launcher asks for {name}, which this trainer does not know", fix=sharding.FIX)
+    launch.check_requests()
     fsdp = sharding.asked_for()
     no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     use_cpu = no_gpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
@@ -32,6 +27,10 @@ def make_accelerator(config: Config) -> Accelerator:
     if precision == "auto":
         precision = "fp16" if torch.cuda.is_available() and not use_cpu else "bf16"
     wanted = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted not in ("no", "fp16", "bf16"):
+        raise ConfigError(
+            f"the launcher asks for the precision {wanted}", fix="take --mixed_precision bf16, fp16 or no"
+        )
     if wanted == "fp16" and use_cpu:
         raise ConfigError(
             "--mixed_precision fp16 needs a GPU, and none is used (on a CPU it would silently train in float32)",
@@ -69,24 +68,6 @@ def make_accelerator(config: Config) -> Accelerator:
 def can_bf16() -> bool:
     """In hardware: GPUs before Ampere emulate parts of it, and have no convolutions."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def ddp_options(config: Config, model: nn.Module) -> DistributedDataParallelKwargs:
-    """DDP need not send the buffers around at every forward where only BatchNorm's change, which are kept equal."""
-    saved = model.state_dict().keys()
-    constant = {id(buffer) for name, buffer in model.named_buffers() if name not in saved}
-    of_norms = {id(b) for module in model.modules() if isinstance(module, _NormBase) for b in module.buffers()}
-    others = any(id(buffer) not in constant | of_norms for buffer in model.buffers())
-    # torch 2.14 has a new name for it, which Accelerate 1.15 does not pass on
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    return DistributedDataParallelKwargs(broadcast_buffers=others, find_unused_parameters=config.find_unused_parameters)
-
-
-def with_synced_norms(model: nn.Module, device: torch.device) -> nn.Module:
-    """BatchNorm's statistics of what all processes compute at once."""
-    if device.type != "cuda":
-        raise ConfigError(f"--sync_batch_norm needs GPUs, and the device is {device.type}", fix="leave it out")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def set_algorithms(config: Config) -> None:

@@ -3,13 +3,13 @@ weight decay nor momentum moves it, and the optimizer keeps no state of it."""
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.errors import ConfigError
 from trainer.batch_statistics import BatchStatistics
+from trainer.ddp import wrapped_anew
 
 if TYPE_CHECKING:
     from trainer.base_trainer import BaseTrainer
@@ -40,11 +40,3 @@ def thaw(trainer: BaseTrainer) -> None:
     trainer.batch_statistics = BatchStatistics(model, trainer.reduce)
     if isinstance(trainer.model, DistributedDataParallel):
         trainer.model = wrapped_anew(trainer, trainer.model)
-
-
-def wrapped_anew(trainer: BaseTrainer, old: DistributedDataParallel) -> DistributedDataParallel:
-    """DDP waits for the gradients of those parameters that learnt when it was made, so it is made again."""
-    old._remove_autograd_hooks()  # or both would answer to a gradient for as long as the old one is in memory
-    options = trainer.accelerator.ddp_handler.to_kwargs()
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # about these; it was given once
-        return DistributedDataParallel(old.module, old.device_ids, old.output_device, **options)

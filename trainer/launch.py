@@ -14,11 +14,50 @@ from accelerate.utils import gather_object
 from configs.errors import ConfigError
 from configs.options import Config
 
+PLAIN = "accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes N scripts/train.py"
+OFF = ("", "0", "false", "no", "none")
+REQUESTS = [  # what launchers ask for by the environment: variable, what changes nothing, its meaning, what to do
+    ("ACCELERATE_USE_DEEPSPEED", OFF, "DeepSpeed", PLAIN),
+    ("ACCELERATE_USE_MEGATRON_LM", OFF, "Megatron-LM", PLAIN),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", OFF, "parallelism within a model (parallelism_config)", PLAIN),
+    ("ACCELERATE_DYNAMO_BACKEND", OFF, "torch.compile (dynamo_config)", "leave it out there, and give --compile"),
+    (
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", (*OFF, "1"), "gradient accumulation",
+        "leave it out there: --batch_size is that of a whole step, --micro_batch_size what a process computes at once",
+    ),
+]  # fmt: skip
+REQUESTS_OF_FSDP = [
+    (
+        "FSDP_ACTIVATION_CHECKPOINTING", OFF, "fsdp_activation_checkpointing",
+        "leave it out there, and give --gradient_checkpointing, which moves BatchNorm's statistics once",
+    ),
+    ("FSDP_OFFLOAD_PARAMS", OFF, "fsdp_offload_params", "leave it out there"),
+    ("FSDP_IGNORED_MODULES", OFF, "fsdp_ignored_modules", "leave it out there"),
+    (
+        "FSDP_AUTO_WRAP_POLICY", (*OFF, "no_wrap", "transformer_based_wrap"), "fsdp_auto_wrap_policy by size",
+        "take TRANSFORMER_BASED_WRAP there: each block of the model",
+    ),
+]  # fmt: skip
 TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun and mpirun
 OF_A_MACHINE = {
     "dataset", "mix_datasets", "train_data_dir", "val_data_dir", "test_data_dir", "data_files", "weights",
     "pretrained", "teacher", "output_dir", "resume", "num_workers", "debug",
 }  # fmt: skip  # paths, mostly
+
+
+def is_on(variable: str, off: tuple[str, ...] = OFF) -> bool:
+    return os.environ.get(variable, "").lower() not in off
+
+
+def check_requests() -> None:
+    """Raises ConfigError where the launcher asks for what this trainer would not do, or not do right."""
+    for variable, off, meaning, fix in [*REQUESTS, *(REQUESTS_OF_FSDP if is_on("ACCELERATE_USE_FSDP") else [])]:
+        if is_on(variable, off):
+            raise ConfigError(
+                f"the launcher asks for {meaning}, which does not work with this trainer",
+                where=f"{variable}={os.environ[variable]}, as accelerate launch sets it by its flags or its file",
+                fix=fix,
+            )
 
 
 def check_processes_know_each_other(config: Config, accelerator: Accelerator) -> None:

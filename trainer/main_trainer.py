@@ -65,7 +65,7 @@ class MainTrainer(BaseTrainer):
     @torch.no_grad()
     def validate_epoch(self, val_loader: Iterable[Any]) -> dict[str, float]:
         self.model.eval()
-        meter, sums, metrics = Meter(None, self.reduce), Sums(), self.new_metrics()
+        meter, sums, metrics = Meter(None, self.processes.add_up), Sums(), self.new_metrics()
         with self.averaged():
             for batch in moved_ahead(self.polled(val_loader), self.device, self.on_device):
                 losses, predictions = self.forward_pass(batch)

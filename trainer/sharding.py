@@ -19,23 +19,28 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configs.errors import ConfigError
 from configs.options import Config
+from trainer.launch import PLAIN, is_on
 
 if TYPE_CHECKING:
     from trainer.base_trainer import BaseTrainer
 
-FIX = "accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes N scripts/train.py"
-
 
 def asked_for() -> FullyShardedDataParallelPlugin | None:
     """What the launcher's file says of FSDP; the weights stay in float32, as without it."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("1", "true", "yes"):
+    if not is_on("ACCELERATE_USE_FSDP"):
         return None
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         raise ConfigError(
             f"the launcher asks for FSDP {version}, whose checkpoints do not continue exactly",
             fix="take accelerate_configs/fsdp2.yaml, or fsdp_version: 2 in a file of your own",
         )
-    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
+    # each process has built the same weights already: there are none to be sent around, as that loading does
+    plugin = FullyShardedDataParallelPlugin(
+        mixed_precision_policy=MixedPrecisionPolicy(), cpu_ram_efficient_loading=False
+    )
+    names = plugin.transformer_cls_names_to_wrap or []  # `accelerate config` writes an empty one where none is given
+    plugin.transformer_cls_names_to_wrap = [name.strip() for name in names if name.strip()] or None
+    return plugin
 
 
 def check_it_is_there(accelerator: Accelerator) -> None:
@@ -43,7 +48,7 @@ def check_it_is_there(accelerator: Accelerator) -> None:
     if not accelerator.is_fsdp2:
         raise ConfigError(
             f"the launcher asks for FSDP, and what there is would be {accelerator.num_processes} process(es) without",
-            fix=f"FSDP needs two GPUs or more; without it: {FIX}",
+            fix=f"FSDP needs two GPUs or more; without it: {PLAIN}",
         )
 
 
@@ -51,7 +56,18 @@ def check_options(config: Config, precision: str) -> None:
     if precision == "fp16":
         raise ConfigError("--mixed_precision fp16 does not go with FSDP", fix="take --mixed_precision bf16 or no")
     if config.channels_last:
-        raise ConfigError("--channels_last does not go with FSDP, which cuts weights along their rows", fix=FIX)
+        raise ConfigError("--channels_last does not go with FSDP, which cuts weights along their rows", fix=PLAIN)
+
+
+def check_blocks(model: nn.Module, accelerator: Accelerator) -> None:
+    """Of the classes that the launcher's file names the model must have instances."""
+    asked = accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap or []
+    known = {type(module).__name__ for module in model.modules()}
+    if missing := [name for name in asked if name not in known]:
+        raise ConfigError(
+            f"fsdp_transformer_layer_cls_to_wrap names {missing[0]}, and the model has no such layer",
+            fix="leave it out: the model knows its blocks",
+        )
 
 
 def compute_in_precision(model: nn.Module, accelerator: Accelerator) -> None:
