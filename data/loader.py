@@ -75,7 +75,7 @@ class OrderedLoader:
             num_workers=num_workers,
             worker_init_fn=partial(outlive_a_signal, os.getpid(), multiprocessing.get_start_method() == "fork"),
             persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and not os.environ.get("ACCELERATE_USE_CPU"),
             generator=torch.Generator(),  # the loader's own seed is not used: keep it from the global generator
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from models.base_model import BaseModel
 
@@ -27,7 +28,7 @@ class GridCNN(BaseModel):
             *convolution(width, 2 * width),
             nn.Identity() if small else nn.MaxPool2d(2),
             *convolution(2 * width, 4 * width),
-            nn.AdaptiveMaxPool2d(grid),
+            GridPool(grid),
             nn.Flatten(),
         )
         self.dropout = nn.Dropout(dropout)
@@ -46,6 +47,20 @@ class GridCNN(BaseModel):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Logits [B, num_classes]."""
         return self.head(self.dropout(self.body(self.normalize(images_BCHW))))
+
+
+class GridPool(nn.Module):
+    """The largest value in each cell of a grid of side x side."""
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.side = side
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        height, width = images_BCHW.shape[2:]
+        if height % self.side or width % self.side:
+            return functional.adaptive_max_pool2d(images_BCHW, self.side)  # on CUDA --deterministic refuses it
+        return functional.max_pool2d(images_BCHW, (height // self.side, width // self.side))
 
 
 def convolution(width_in: int, width: int, size: int = 3, stride: int = 1) -> list[nn.Module]:

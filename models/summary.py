@@ -6,7 +6,7 @@ import copy
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,7 +28,7 @@ def summarize(model: BaseModel, channels: int, image_size: int, batch_size: int,
     flops, activation_bytes, _ = found or cost(model, channels, image_size, batch_size)
     keeps = f"{megabytes(activation_bytes)} activations at {batch_size} images"
     if blocks := recomputed(model):
-        all_of_them = cost(computing_once(model), channels, image_size, batch_size).activation_bytes
+        all_of_them = cost(computing_once(without_data(model)), channels, image_size, batch_size).activation_bytes
         keeps += f" instead of {megabytes(all_of_them)}, {len(blocks)} blocks being computed twice"
     return (
         f"{parameters:,} parameters"
@@ -44,7 +44,7 @@ def megabytes(size: float) -> str:
 
 def cost(model: BaseModel, channels: int, image_size: int, batch_size: int) -> Cost:
     """What a training step of batch_size costs, from a copy on the meta device."""
-    ghost = copy.deepcopy(model).to("meta").train()
+    ghost = without_data(model).train()
     for block in recomputed(ghost):  # what it keeps is seen by nobody else
         block.register_forward_pre_hook(lambda _, inputs: tree_map_only(Tensor, note, inputs) and None)
     inputs = ghost.example_inputs(batch_size, channels, image_size)
@@ -61,6 +61,14 @@ def cost(model: BaseModel, channels: int, image_size: int, batch_size: int) -> C
     convolution = counter.get_flop_counts()["Global"].get(torch.ops.aten.convolution, 0)
     keeps = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     return Cost(counter.get_total_flops() / batch_size, keeps, convolution / batch_size)
+
+
+def without_data(model: BaseModel) -> BaseModel:
+    """A copy on the meta device, for which no weight is copied."""
+    tensors: dict[int, Tensor] = {id(t): t.detach().to("meta") for t in model.buffers()}
+    for weight in model.parameters():
+        tensors[id(weight)] = nn.Parameter(weight.detach().to("meta"), requires_grad=weight.requires_grad)
+    return copy.deepcopy(model, tensors).to("meta")  # what is there already is taken
 
 
 def storage_of(tensor: Tensor) -> int:

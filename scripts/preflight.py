@@ -248,7 +248,7 @@ def checkpoint_found(trainer: BaseTrainer, data: Data) -> tuple[str, dict[str, i
     trainer.save_checkpoint()
     trainer.saver.finish()
     seconds = time.perf_counter() - begin
-    second = type(trainer)(trainer.config, build_model(trainer.config, data), trainer.train_loader, trainer.val_loader)
+    second = second_of(trainer, data)
     if second.resume_from is None:
         raise UserError("the checkpoint that was just saved is not found again", where=str(trainer.run.checkpoints))
     sizes = {path.name: path.stat().st_size for path in second.resume_from.iterdir()}
@@ -261,6 +261,18 @@ def checkpoint_found(trainer: BaseTrainer, data: Data) -> tuple[str, dict[str, i
     total = sum(sizes.values())
     text = f"{size(total)} saved in {seconds:.2g} s, loaded again, equal to the bit"
     return text, sizes
+
+
+def second_of(trainer: BaseTrainer, data: Data) -> BaseTrainer:
+    """Another one of the same config, as a new process would make it."""
+    model = build_model(trainer.config, data)
+    try:
+        return type(trainer)(trainer.config, model, trainer.train_loader, trainer.val_loader)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the GPU's memory does not hold the model twice, as comparing what is loaded with what was saved asks for",
+            fix="begin the run without --check: it holds the model once",
+        ) from error
 
 
 def contents(trainer: BaseTrainer) -> dict[str, Any]:

@@ -194,6 +194,8 @@ def why_bits_may_differ(environment: dict[str, Any], trainer: BaseTrainer, proce
     reasons = [f"{name} was {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
     if processes > 2:
         reasons.append(f"{processes} processes added up in an order of their own")
+    if environment.get("sharded"):
+        reasons.append("the model was sharded: gradients were added up after each micro-batch")
     if trainer.device.type == "cuda" and not trainer.config.deterministic:
         reasons.append("the run was not --deterministic")
     return reasons

@@ -77,6 +77,9 @@ def told(error: BaseException) -> UserError:
     if "finished reduction in the prior iteration" in text:
         fix = "let every parameter take part in the loss, or take --find_unused_parameters"
         return UserError("DDP: some parameters took no part in the step before", where=place(error), fix=fix)
+    if "does not have a deterministic implementation" in text:
+        fix = "leave --deterministic out, or choose another --model"
+        return UserError(f"--deterministic: {text.split(', but ')[0]}", where=place(error), fix=fix)
     fix = "run again with --debug for the whole traceback"
     where = ", ".join([place(error), *notes])
     return UserError(text if in_worker else f"{type(error).__name__}: {text}", where=where, fix=fix)

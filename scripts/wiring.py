@@ -33,6 +33,7 @@ from trainer.device import make_accelerator
 from trainer.distillation import distilled
 from trainer.main_trainer import MainTrainer
 from trainer.multitask_trainer import MultiTaskTrainer
+from trainer.processes import Processes
 
 # A task of your own: one line here, one file in trainer/. The first whose labels the data have is the default.
 TRAINERS: dict[str, type[BaseTrainer]] = {
@@ -210,7 +211,7 @@ def build_trainer(config: Config, adapt: Adapt = lambda task: task) -> tuple[Bas
     config = replace(config, mixed_precision=accelerator.mixed_precision)
     launch.check_processes_know_each_other(config, accelerator)
     launch.check_flags(config, accelerator)
-    with accelerator.main_process_first():  # one process prepares what the others then read
+    with Processes(accelerator).main_first():  # one process prepares what the others then read
         config, data, notes = build_data(config, shown=accelerator.is_main_process)
     launch.check_same(told_of(data), accelerator)
     model = build_model(config, data)

@@ -24,10 +24,15 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from trainer import checkpoint
-from trainer.device import can_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The GPUs are for the tests that ask for them: what others compute is compared with a CPU's last bits."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def run_script(
@@ -47,14 +52,6 @@ FSDP = {  # as `accelerate config` sets it, with what it adds without being aske
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }  # fmt: skip
-
-
-NEEDS_GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is at hand"),
-    pytest.mark.usefixtures("gpu_afresh"),
-]
-NEEDS_BF16 = pytest.mark.skipif(not torch.cuda.is_available() or not can_bf16(), reason="no GPU here computes in bf16")
 
 
 def exit_code_of(work: Callable[[], object]) -> int:

@@ -13,7 +13,8 @@ from configs.arguments import make_config
 from configs.errors import Diverged
 from data.dataset import load_data
 from data.loader import train_loader
-from tests.conftest import NEEDS_BF16, NEEDS_GPU, lines_of, run_script, same_run
+from tests.conftest import lines_of, run_script, same_run
+from tests.gpu import NEEDS_BF16, NEEDS_GPU
 from tests.test_nonfinite import BAD_STEP, BatchNormNet, batches_with, by_hand, trainer_of
 from tests.tiny import TinyNet, distance, tiny_batches, tiny_trainer, weights
 from trainer import checkpoint

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import FSDP, NEEDS_GPU, ROOT
+from tests.conftest import FSDP, ROOT
+from tests.gpu import NEEDS_GPU
 from tests.test_scale import check_alike
 
 pytestmark = NEEDS_GPU
@@ -28,7 +29,8 @@ def launched(folder: Path, name: str, *flags: str, processes: int | None = 1, sh
     """A run of `processes` that torchrun starts; None: of one that knows of no others."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes else []), "tests/bn_net.py", *FLAGS, *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = {key: value for key, value in os.environ.items() if key != "ACCELERATE_USE_CPU"}
+    environment["OMP_NUM_THREADS"] = "1"
     if sharded:
         environment |= {key: value for key, value in FSDP.items() if key != "FSDP_ON_CPU"}
     done = subprocess.run(

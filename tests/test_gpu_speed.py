@@ -14,7 +14,8 @@ from models.summary import cost
 from scripts import session
 from scripts.report import told
 from scripts.wiring import build_data, build_model, build_trainer
-from tests.conftest import NEEDS_BF16, NEEDS_GPU, lines_of
+from tests.conftest import lines_of
+from tests.gpu import NEEDS_BF16, NEEDS_GPU
 from tests.tiny import tiny_trainer
 from trainer import mfu, micro_batch
 from trainer.device import make_accelerator

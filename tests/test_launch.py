@@ -20,10 +20,8 @@ from safetensors.torch import load_file
 from configs.arguments import make_config
 from configs.errors import ConfigError
 from scripts.multi_gpu import start_on_all_gpus
-from tests import bn_net
 from tests.conftest import ROOT, lines_of
 from trainer import launch, sharding
-from trainer.ddp import ddp_options, with_synced_norms
 from trainer.device import make_accelerator
 
 FILES = ROOT / "accelerate_configs"
@@ -33,7 +31,6 @@ import json, os, sys
 sys.path.insert(0, {root!r})
 import torch
 from configs.arguments import make_config
-from trainer.ddp import ddp_options, with_synced_norms
 from trainer.device import make_accelerator
 accelerator = make_accelerator(make_config())
 together = accelerator.reduce(torch.ones(()), "sum").item()
@@ -253,6 +250,12 @@ def test_what_sharded_weights_cannot_do_is_refused(options, precision, words):
         sharding.check_options(make_config(**options), precision)
 
 
+def test_two_optimizers_that_a_scaler_would_tell_apart_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="--optimizer muon does not go with fp16"):
+        make_accelerator(make_config(mixed_precision="fp16", optimizer="muon"))
+
+
 def test_bf16_where_a_gpu_merely_emulates_it_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
@@ -292,18 +295,3 @@ def test_every_launch_file_is_tested_and_in_the_readme():
     assert names == {"cpu", "cpu_2", "single_gpu", "ddp", "fsdp2", "multi_node"}
     assert all(f"| `{name}.yaml" in (ROOT / "README.md").read_text() for name in names)
     assert all(yaml.safe_load((FILES / f"{name}.yaml").read_text())["mixed_precision"] == "no" for name in names)
-
-
-def test_buffers_are_sent_around_only_where_more_than_batch_norm_changes_them():
-    net = bn_net.BatchNormNet(num_classes=3, in_channels=1)
-    assert not ddp_options(make_config(), net).broadcast_buffers
-    net.register_buffer("codes", torch.zeros(4))
-    assert ddp_options(make_config(), net).broadcast_buffers
-    assert ddp_options(make_config(find_unused_parameters=True), net).find_unused_parameters
-
-
-def test_synced_batch_norm_is_refused_without_a_gpu():
-    with pytest.raises(ConfigError, match="--sync_batch_norm needs GPUs, and the device is cpu"):
-        with_synced_norms(bn_net.BatchNormNet(num_classes=3), torch.device("cpu"))
-    synced = with_synced_norms(bn_net.BatchNormNet(num_classes=3), torch.device("cuda"))  # nothing is computed
-    assert sum(isinstance(module, torch.nn.SyncBatchNorm) for module in synced.modules()) == 2

@@ -112,6 +112,14 @@ def test_without_a_known_peak_the_log_has_no_mfu(tmp_path):
     assert "mfu" not in line and line["samples_per_second"] > 0
 
 
+def test_while_the_body_rests_the_log_has_no_mfu(tmp_path, monkeypatch):
+    """Its backward pass is left out, so that three times the forward pass would be too much."""
+    monkeypatch.setattr(mfu, "PEAKS", [("cpu", {"fp32": 1.0})])
+    run = {"output_dir": str(tmp_path), "experiment_name": "x", "epochs": 2, "freeze_epochs": 1, "cpu_threads": 1}
+    assert session.run(make_config(**run, split=(0.05, 0.05, 0.9))) == 0
+    assert ["mfu" in line for line in lines_of(tmp_path / "x", "speed")] == [False, True]
+
+
 class SlowEvaluation(MainTrainer):
     def validate_epoch(self, val_loader):
         time.sleep(1.0)

@@ -13,6 +13,7 @@ from torch import nn
 
 import models
 from models import BaseModel, ModelError, build
+from models.grid_cnn import GridPool
 from models.model import input_size, model_names
 from models.summary import cost
 from tests.conftest import ROOT
@@ -194,3 +195,16 @@ def test_every_model_takes_one_and_three_channels_of_small_images(name):
             size = input_size(name, 8)
             assert model.train()(torch.zeros(2, channels, size, size)).shape == (2, 3)
             assert model.dim > 0
+
+
+@pytest.mark.parametrize(("size", "side"), [(6, 3), (12, 3), (7, 3), (4, 3)])
+def test_cells_of_a_grid_are_pooled_as_torch_does(size, side):
+    """By an operation whose gradient is deterministic on a GPU, where the cells are equal."""
+    grids = []
+    for pool in (GridPool(side), nn.AdaptiveMaxPool2d(side)):
+        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        cells = pool(images)
+        (cells * torch.arange(cells.numel()).view_as(cells)).sum().backward()
+        grids.append((cells, images.grad))
+    assert all(torch.equal(*pair) for pair in zip(*grids))
+    assert ("AdaptiveMaxPool" in type(GridPool(side)(images).grad_fn).__name__) == bool(size % side)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 from configs.errors import UserError
 from scripts.report import told
@@ -56,6 +57,19 @@ if place == "reductions":
         return leave(self, *why)
     Accelerator.prepare, MainTrainer.leave = prepared, told
     MainTrainer.train = lambda self: (seen.clear(), train(self))[1]
+if place == "parts":
+    from models.simple_cnn import SimpleCNN
+    seen, optimize, leave, forward = set(), MainTrainer.optimize, MainTrainer.leave, SimpleCNN.forward
+    def watched(self, losses):
+        optimize(self, losses)
+        if not self.window.is_last:
+            seen.update(type(weight.grad).__name__ for weight in self.parameters)
+    def in_precision(self, *given):
+        if torch.is_autocast_enabled("cpu"):
+            seen.add("cached" if torch.is_autocast_cache_enabled() else "not cached")
+        return forward(self, *given)
+    MainTrainer.optimize, SimpleCNN.forward = watched, in_precision
+    MainTrainer.leave = lambda self, *why: (print("seen", sorted(seen)), leave(self, *why))[1]
 if place == "unused":
     from models.simple_cnn import SimpleCNN
     SimpleCNN.init_weights = lambda self: self.register_parameter("idle", torch.nn.Parameter(torch.zeros(3)))
@@ -131,6 +145,14 @@ def test_gradients_meet_once_a_step_in_an_order_that_no_step_changes(tmp_path):
     assert done.stdout.count("gradients met 5 times, each bucket {5}") == 2
 
 
+def test_a_sharded_model_keeps_nothing_whole_between_micro_batches(tmp_path):
+    """Neither gradients nor, after the forward, weights in another precision."""
+    flags = "--max_steps 2 --batch_size 32 --micro_batch_size 8 --mixed_precision bf16".split()
+    done = train_two(tmp_path, "parts", 0, *flags, sharded=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("seen ['DTensor', 'not cached']") == 2
+
+
 def test_a_parameter_that_takes_no_part_is_told_or_left_out(tmp_path):
     done = train_two(tmp_path, "unused", 0, "--max_steps", "4")
     assert done.returncode == 1
@@ -161,9 +183,9 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_both_at_its_step(tmp_pat
 
 def test_what_the_main_process_raises_the_others_raise_without_doing_its_work(monkeypatch):
     fault = UserError("the disk is full")
-    monkeypatch.setattr(processes, "broadcast_object_list", lambda values: [None, fault])
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda said, **_: said.__setitem__(1, fault))
     other = processes.Processes.__new__(processes.Processes)
-    other.number, other.accelerator = 2, SimpleNamespace(is_main_process=False)
+    other.number, other.accelerator, other.group = 2, SimpleNamespace(is_main_process=False), None
     with pytest.raises(UserError, match="the disk is full"):
         other.from_main(lambda: pytest.fail("this is the main process's work"))
 

@@ -21,7 +21,7 @@ from data.dataset import load_data
 from data.transforms import Transform
 from models import build
 from scripts import train
-from scripts.report import fail
+from scripts.report import block, fail
 from scripts.session import made_of_what_is_computed_at_once
 from tests.conftest import ROOT, SHARED_DATA, lines_of, run_script
 from tests.hub_server import TOKEN, HubServer
@@ -243,15 +243,20 @@ def test_a_fault_is_one_block_that_says_what_to_do(tmp_path, flags, rc, words):
 
 
 def test_running_out_of_memory_says_what_to_lower():
-    import torch
-
-    from scripts.report import block
-
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError("")):
         text, code = block(error)
         assert code == 1
         assert "out of memory" in text
         assert "--micro_batch_size" in text
+
+
+def test_an_operation_that_is_not_deterministic_says_which():
+    text, _ = block(RuntimeError(
+        "adaptive_max_pool2d_backward_cuda does not have a deterministic implementation, but you set "
+        "'torch.use_deterministic_algorithms(True)'. You can turn off determinism just for this operation ..."
+    ))  # fmt: skip
+    assert "--deterministic: adaptive_max_pool2d_backward_cuda does not have a deterministic implementation\n" in text
+    assert "leave --deterministic out" in text
 
 
 @pytest.mark.long

@@ -94,6 +94,8 @@ class BaseTrainer(Task):
         if self.sharded:
             sharding.compute_in_precision(self.plain_model, self.accelerator)
         if config.compile:
+            if self.sharded:
+                sharding.let_blocks_be_compiled()
             self.plain_model.compile()  # in place: names in the state dict stay as they are
         self.parameters = [p for p in self.plain_model.parameters() if p.requires_grad]
         self.ema = swa.averaged_weights(config, self.plain_model, self.state)  # moving, or of epochs
@@ -248,7 +250,7 @@ class BaseTrainer(Task):
         self.saver.finish()
         result = {"state": state, **reporting.standing(self), "reason": reason}
         self.run.status(**result)
-        self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
+        self.processes.wait()  # a launcher ends all processes as soon as one has ended
         return result
 
     def already_done(self) -> dict[str, Any]:
@@ -308,7 +310,7 @@ class BaseTrainer(Task):
             batch["offset"] = offset
             offset += samples_in(batch)
             seed_device(mix(self.config.seed, Use.STEP, self.state.step, batch["offset"]), self.device)
-            if window.is_last:
+            if window.is_last or self.sharded:  # FSDP would keep whole gradients until they meet
                 yield batch
             else:
                 with self.accelerator.no_sync(self.model):  # gradients meet in the last micro-batch

@@ -83,11 +83,11 @@ class BatchStatistics:
 
     def weighed(self, batch: Batch) -> Tensor:
         """The statistics of now times the samples of the batch, and their number."""
-        flat = torch.cat([t.flatten().to(self.dtype) for t in self.running])
+        flat = torch.cat([t.flatten() for t in self.running]).to(self.dtype)
         return samples_in(batch) * torch.cat([flat, flat.new_ones(1)])
 
     def take(self, sums: Tensor) -> None:
         """The mean over all processes."""
         sums = sums if self.reduce is None else self.reduce(sums)
-        means = (sums[:-1] / sums[-1]).split([t.numel() for t in self.running])
-        torch._foreach_copy_(self.running, [mean.view_as(t).to(t.dtype) for mean, t in zip(means, self.running)])
+        means = (sums[:-1] / sums[-1]).to(self.running[0].dtype).split([t.numel() for t in self.running])
+        torch._foreach_copy_(self.running, [mean.view_as(t) for mean, t in zip(means, self.running)])

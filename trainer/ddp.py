@@ -37,12 +37,12 @@ def with_synced_norms(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class SumOfWeights(nn.Module):
-    def __init__(self, weights: list[nn.Parameter]):
+    def __init__(self, module: nn.Module):
         super().__init__()
-        self.weights = weights
+        self.module = module  # DDP looks for its buffers
 
-    def forward(self) -> Tensor:
-        return torch.stack([weight.sum() for weight in self.weights]).sum()
+    def forward(self, nothing: None) -> Tensor:
+        return torch.stack([weight.sum() for weight in self.module.parameters() if weight.requires_grad]).sum()
 
 
 def settle_buckets(model: Any) -> None:
@@ -54,14 +54,12 @@ def settle_buckets(model: Any) -> None:
     if not isinstance(model, DistributedDataParallel):
         return
     module = model.module
-    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    model.module = SumOfWeights(weights)
+    model.module = SumOfWeights(module)
     try:
-        model().backward()
+        model(None).backward()  # on a GPU DDP wants an argument to send there
     finally:
         model.module = module
-    for weight in weights:
-        weight.grad = None
+    model.zero_grad()
 
 
 def wrapped_anew(trainer: BaseTrainer, old: DistributedDataParallel) -> DistributedDataParallel:

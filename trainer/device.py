@@ -28,12 +28,16 @@ def make_accelerator(config: Config) -> Accelerator:
         precision = "fp16" if torch.cuda.is_available() and not use_cpu else "bf16"
     wanted = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted not in ("no", "fp16", "bf16"):
-        raise ConfigError(
-            f"the launcher asks for the precision {wanted}", fix="take --mixed_precision bf16, fp16 or no"
-        )
+        raise ConfigError(f"the launcher asks for {wanted} precision", fix="take --mixed_precision bf16, fp16 or no")
     if wanted == "fp16" and use_cpu:
         raise ConfigError(
             "--mixed_precision fp16 needs a GPU, and none is used (on a CPU it would silently train in float32)",
+            fix="take --mixed_precision bf16 or no",
+        )
+    if wanted == "fp16" and config.optimizer == "muon":
+        raise ConfigError(
+            "--optimizer muon does not go with fp16: where gradients are too large for it, one of its two parts would "
+            "still step",
             fix="take --mixed_precision bf16 or no",
         )
     if config.dtype == "float64" and (wanted != "no" or not (use_cpu or torch.cuda.is_available())):

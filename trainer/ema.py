@@ -55,12 +55,13 @@ class AveragedWeights(ABC):
             module.reshard()
 
     def state_dict(self, *, keep: bool = True) -> dict[str, Tensor]:
-        """All that the model's own state dict holds, averaged. Where weights are sharded every process calls it, and
-        those that do not keep it get nothing."""
+        """All that the model's own state dict holds, averaged, in CPU memory. Where weights are sharded every
+        process calls it, and those that do not keep it get nothing."""
         parts = {name: (t, self.tensors[name]) for name, t in self.average.items()}
         parts |= {name: (t, t) for name, t in self.copied.items()}
         tensors = ((name, whole(*part)) for name, part in parts.items())  # one at a time
-        return {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors if keep}
+        form = torch.contiguous_format
+        return {name: t.to("cpu", copy=True, memory_format=form) for name, t in tensors if keep}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

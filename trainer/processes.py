@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from configs.errors import UserError
+
+PATIENCE = timedelta(hours=12)  # the main process may have much to decode; NCCL's own is ten minutes
 
 
 class Processes:
@@ -24,9 +28,23 @@ class Processes:
         # The sum of a tensor over all processes; None for one alone.
         self.reduce = (lambda tensor: accelerator.reduce(tensor, "sum")) if self.number > 1 else None
         self.add_up = self.sum_in_order if self.number > 1 else None
-        self.group: Any = dist.new_group(backend="gloo") if self.number > 1 else None
+        self.group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if self.number > 1 else None
         self.words = torch.zeros(0, dtype=torch.int64)
         self.pending: dist.Work | None = None
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.group is not None:
+            dist.barrier(self.group)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The others begin with this block when the main process is through."""
+        if not self.accelerator.is_main_process:
+            self.wait()
+        yield
+        if self.accelerator.is_main_process:
+            self.wait()
 
     def from_main(self, work: Callable[[], Any]) -> Any:
         """What the main process's work returns; its error is raised on all, so that none waits for ever."""
@@ -39,7 +57,9 @@ class Processes:
             except Exception as fault:
                 error = fault
                 told = fault if isinstance(fault, UserError) else UserError(f"the main process failed: {fault}")
-        result, told = broadcast_object_list([result, told])
+        said = [result, told]
+        dist.broadcast_object_list(said, src=0, group=self.group)
+        result, told = said
         if told is not None:
             raise error or told
         return result

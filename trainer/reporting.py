@@ -45,11 +45,11 @@ def log_speed(trainer: BaseTrainer) -> None:
 
 
 def utilization(trainer: BaseTrainer, samples_per_second: float) -> float | None:
-    """None where the devices' peak or the model's FLOPs are not known."""
+    """None where the devices' peak or the step's FLOPs are not known."""
     device, flops = trainer.device, trainer.forward_flops
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     found = mfu.peaks(name, mfu.precisions(trainer.accelerator.mixed_precision, trainer.config.dtype))
-    if found is None or flops is None:
+    if found is None or flops is None or trainer.plain_model.frozen:  # a body that rests has no backward pass
         return None
     return mfu.utilization(samples_per_second, flops, found, trainer.processes.number)
 

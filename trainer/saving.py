@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -242,7 +243,9 @@ def name_of_non_finite(trainer: BaseTrainer) -> str:
     tensors = [(name, sharding.part(tensor)) for name, tensor in trainer.plain_model.state_dict().items()]
     if trainer.ema is not None:
         tensors += [(f"the average of {name}", tensor) for name, tensor in trainer.ema.average.items()]
-    return next((name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()), "")
+    floating = [(name, tensor.isfinite().all()) for name, tensor in tensors if tensor.is_floating_point()]
+    finite = torch.stack([of_tensor for _, of_tensor in floating]).tolist()  # waits for the device once
+    return next((name for (name, _), is_finite in zip(floating, finite) if not is_finite), "")
 
 
 def roll_back(trainer: BaseTrainer, step: int) -> None:

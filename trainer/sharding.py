@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, convert_outputs_to_fp32
+from accelerate.utils import AutocastKwargs, FullyShardedDataParallelPlugin, convert_outputs_to_fp32
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -71,15 +71,24 @@ def check_blocks(model: nn.Module, accelerator: Accelerator) -> None:
 
 
 def compute_in_precision(model: nn.Module, accelerator: Accelerator) -> None:
-    """Autocast in the forward and outputs in float32, which Accelerate gives to all models but sharded ones."""
+    """Autocast in the forward and outputs in float32, which Accelerate gives to all models but sharded ones.
+
+    Without autocast's cache, which would hold on to the weights that were gathered, cast to bf16.
+    """
+    uncached = AutocastKwargs(cache_enabled=False)
     forward: Callable[..., Any] = model.forward
 
     @functools.wraps(forward)
     def in_precision(*given: Any, **named: Any) -> Any:
-        with accelerator.autocast():
+        with accelerator.autocast(uncached):
             return forward(*given, **named)
 
     model.forward = convert_outputs_to_fp32(in_precision)
+
+
+def let_blocks_be_compiled() -> None:
+    """FSDP's hooks cut the graph at each block, and blocks of one class count together against dynamo's limit."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
 
 def part(tensor: Tensor) -> Tensor:

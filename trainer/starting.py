@@ -105,13 +105,14 @@ def open_run(trainer: BaseTrainer) -> None:
         left = checkpoint.set_aside(run.checkpoints, state.step)
         print(*left, *(saving.restore_best(trainer) if left else []), sep="\n", end="\n" if left else "")
     run.set_back(state.step, state.evaluated_step)
-    accelerator.wait_for_everyone()  # all read what the main process has left of it
+    trainer.processes.wait()  # all read what the main process has left of it
     trainer.bad_samples.remember()
     run.open(
         config,
         run_folder.environment(
             str(trainer.device),
             processes=accelerator.num_processes,
+            sharded=trainer.sharded,
             mixed_precision=accelerator.mixed_precision,
             cpu_threads=state.cpu_threads,
         ),

@@ -1,7 +1,8 @@
 """MainTrainer against a loop written by hand, on one GPU: python tests/benchmarks/gpu.py
 
 Both train the same model (ResNet-50, 224 px, bf16, compiled, channels last, fused AdamW, cosine per step) in one
-process, in turns. The hand-written loop computes no metrics; MainTrainer logs loss and accuracy every ten steps.
+process, in turns. The hand-written loop computes no metrics; MainTrainer logs loss and accuracy every ten steps. Its
+next batch travels while this one is computed on; the hand-written loop copies each batch when it needs it.
 Synthetic input are uint8 batches in pinned memory; real input are JPEG files through data/loader.py, for both.
 Writes tests/benchmarks/results/DEVICE.md. `--device cpu --model resnet18 --image_size 64 --batch_size 8 --steps 3
 --rounds 1 --no_compile` tries it where there is no GPU.
