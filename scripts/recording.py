@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from configs.errors import ConfigError, UserError
 from data.order import Draw, TrainOrder, even_parts
 from scripts.wiring import Adapt
 from trainer.base_trainer import BaseTrainer
-from trainer.metrics import Sums, counted_in
+from trainer.metrics import Sums, add_to, together
 from trainer.windows import Batch, Window
 
 NO_IDS = torch.empty(0, dtype=torch.int64)
@@ -27,7 +26,7 @@ class Step:
 
     epoch: int = 0
     losses: dict[str, list[float]] = field(default_factory=dict)  # of each micro-batch
-    counts: list[int] = field(default_factory=list)
+    counts: list[float] = field(default_factory=list)
     window: Sums = field(default_factory=dict)  # since the log line before
     grad_norm: float = math.nan
     lr: float = math.nan
@@ -84,25 +83,17 @@ def recording(number: int, window_start: int, processes: int) -> Adapt:
                 return super().after_step(bar)
 
             def record(self, step: Step) -> None:
-                pending = [
-                    (losses, count) for losses, count, of_step in self.meter.losses if of_step == self.state.step
-                ]
-                if not pending:
+                rows = [row for row in self.meter.rows() if row[0] == self.state.step]
+                if not rows:
                     raise UserError(
                         f"--task {self.config.task} kept no losses of step {self.state.step}",
                         fix="in its train_epoch: self.meter.add(losses, count, kept, self.state.step + 1)",
                     )
-                rows = [losses if isinstance(losses, dict) else {"loss": losses} for losses, _ in pending]
-                step.counts = [int(count) for _, count in pending]
-                columns = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-                step.losses = {name: column.tolist() for name, column in columns.items()}
-                logged = {name: as_logged(column, step.counts, processes) for name, column in columns.items()}
-                if all(math.isfinite(value) for means in logged.values() for value, _ in means):
-                    for name, means in logged.items():
-                        entry = step.window.setdefault(name, [0.0, 0])
-                        for value, count in means:
-                            entry[0] += value * count
-                            entry[1] += count
+                step.counts = [count for _, count, _ in rows]
+                step.losses = {name: [values[name] for _, _, values in rows] for name in rows[0][2]}
+                for _, count, of_step in together(rows):
+                    if all(map(math.isfinite, of_step.values())):
+                        add_to([step.window], {name: value * count for name, value in of_step.items()}, count)
                 if self.state.step == number:
                     step.epoch, step.lr, step.grad_norm = self.state.epoch, self.lr, float(self.grad_norm)
                     step.ids = [place for batch in self.window.batches for place in batch.get("ids", NO_IDS).tolist()]
@@ -119,16 +110,6 @@ def recording(number: int, window_start: int, processes: int) -> Adapt:
         return Recording
 
     return adapt
-
-
-def as_logged(values: Tensor, counts: list[int], processes: int) -> list[tuple[float, int]]:
-    """Means and counts as a log line sums them up; several processes first meet, micro-batch by micro-batch."""
-    if processes == 1:
-        return list(zip(values.tolist(), counts))
-    counts_PM = torch.tensor(counts).view(processes, -1)
-    values_PM = values.to(counted_in(values.dtype)).view(processes, -1)
-    sums_M = functools.reduce(torch.add, values_PM * counts_PM.to(values_PM))
-    return [(total / count, count) for total, count in zip(sums_M.tolist(), counts_PM.sum(0).tolist())]
 
 
 def cut_as_by(trainer: BaseTrainer, processes: int) -> None:

@@ -70,7 +70,7 @@ def replay(run: Path, number: int, config: Config, processes: int | None = None)
     show(number, step)
     if not fault and written.stopped_at(number) and (name := name_of_non_finite(trainer)):
         fault = f"{name} is not finite after step {number}"  # as a save would have found
-    results = [*compared(written, number, step, processes), *compared_fault(written, number, fault)]
+    results = [*compared(written, number, step), *compared_fault(written, number, fault)]
     excuses = why_bits_may_differ(written.environment, trainer, processes)
     return tell(results, excuses)
 
@@ -157,22 +157,22 @@ def wrapped(name: str, text: str) -> str:
 Difference = tuple[str, Any, Any]
 
 
-def compared(written: Written, number: int, step: Step, processes: int) -> Iterator[tuple[str, list[Difference]]]:
+def compared(written: Written, number: int, step: Step) -> Iterator[tuple[str, list[Difference]]]:
     """What there is to compare with, and (name, then, now) of each value that differs in a bit."""
     if line := written.line:
         first = written.window_start + 1
         now: dict[str, Any] = {
             "lr": step.lr,
             "grad_norm": step.grad_norm,
-            **means({name: step.window[name] for name in step.losses}),
+            **means({name: sums for name, sums in step.window.items() if name in step.losses}),
         }
         title = "metrics.jsonl" + (f", mean of steps {first} to {number}" if first < number else "")
         yield title, [(name, line[name], now[name]) for name in now if name in line and line[name] != now[name]]
     if written.ids is not None:
         yield "samples.jsonl", [("samples", written.ids, step.ids)] if written.ids != step.ids else []
     if capsule := written.capsule:
-        of_main = {name: [*map(repr, row[: len(row) // processes])] for name, row in step.losses.items()}
-        now = {"losses": of_main, "lr": step.lr, "ids": step.ids}
+        losses = {name: [*map(repr, row)] for name, row in step.losses.items()}
+        now = {"losses": losses, "lr": step.lr, "ids": step.ids}
         title = f"nonfinite/step_{number:08d}.json"
         yield title, [(name, capsule[name], now[name]) for name in now if capsule[name] != now[name]]
 

@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, top_k_accuracy_score
 
 from configs.errors import Diverged
-from trainer.metrics import ClassificationMetrics, Meter, Reduce, Sums, means
+from trainer.metrics import ClassificationMetrics, Meter, Sums, means
 
 
 def test_metrics_equal_scikit_learn():
@@ -58,15 +58,32 @@ def test_a_step_that_is_not_finite_counts_for_nothing_however_it_was_cut():
     losses = torch.arange(24.0).reshape(3, 8)
     losses[1, 5] = torch.nan
 
-    def sums(micro: int, samples: slice = slice(0, 8), reduce: Reduce | None = None) -> dict[str, float]:
-        meter, found = Meter(reduce=reduce, finite_only=True), Sums()
+    def pending(micro: int, samples: slice = slice(0, 8)) -> Meter:
+        meter = Meter(finite_only=True)
         for step, of_step in enumerate(losses[:, samples], 1):
             for part in of_step.split(micro):
                 meter.add(part.mean(), len(part), (), step)
-        meter.read(found)
+        return meter
+
+    def read(meter: Meter) -> dict[str, float]:
+        meter.read(found := Sums())
         return means(found)
 
-    sent: list[torch.Tensor] = []
-    sums(2, slice(4, 8), lambda tensor: sent.append(tensor) or tensor)
-    of_two_processes = sums(2, slice(0, 4), lambda tensor: tensor + sent.pop(0))
-    assert sums(8) == sums(2) == of_two_processes == {"loss": (sum(range(8)) + sum(range(16, 24))) / 16}
+    one, other = pending(2, slice(0, 4)), pending(3, slice(4, 8))  # two processes, unevenly cut
+    one.gather = lambda said: [said, (other.rows(), {}, 0)]
+    right = {"loss": (sum(range(8)) + sum(range(16, 24))) / 16}
+    assert read(pending(8)) == read(pending(2)) == read(one) == right
+
+
+def test_what_processes_say_is_added_up_in_their_order():
+    """So that the last bits do not depend on how many steps are read at once; a process may have nothing to say."""
+    told = [([(step, 3.0, {"loss": value / 7}) for step in (1, 2)], {"accuracy": 2.0}, 3) for value in (1, 5, 3)]
+    results = []
+    for each in ([1, 2], [1], [2]):
+        parts = [([row for row in rows if row[0] in each], hits, samples) for rows, hits, samples in told]
+        meter = Meter(gather=lambda said, parts=parts: [*parts, said])
+        meter.read(found := Sums())
+        results.append(found)
+    whole, first, second = results
+    assert whole["loss"] == [first["loss"][0] + second["loss"][0], 18.0]
+    assert whole["accuracy"] == [6.0, 9]

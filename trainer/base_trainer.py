@@ -32,7 +32,7 @@ from trainer.metrics import CURE, Meter
 from trainer.monitor import check_monitor, higher_is_better
 from trainer.nonfinite import NonFinite
 from trainer.optim import build_optimizers, clip_gradients, lr_factor, peak_lr, swa_lr
-from trainer.processes import Processes
+from trainer.processes import Processes, precise
 from trainer.progress import Clock, EpochBar, Table
 from trainer.state import TrainState
 from trainer.task import Task
@@ -103,7 +103,7 @@ class BaseTrainer(Task):
 
         self.criterion: Criterion = self.get_criterion()
         self.bad_samples = BadSamples(self.run, config.max_bad_fraction, self.processes.gather_lines)
-        self.meter = Meter(self.hits, self.processes.add_up, finite_only=config.nonfinite != "stop")
+        self.meter = Meter(self.hits, self.processes.told_by_all, finite_only=config.nonfinite != "stop")
         self.nonfinite = NonFinite(self)
         self.batch_statistics = BatchStatistics(self.plain_model, self.reduce)
         self.saver = saving.Saver(self)
@@ -272,10 +272,12 @@ class BaseTrainer(Task):
             train_loader.set_position(self.state.epoch, done)
             done = 0
         ahead = moved_ahead(self.clock.waiting(train_loader), self.device, self.on_device)
-        groups = itertools.islice(grouped(ahead, self.batch_share), done, None)
+        groups: Iterator[list[Batch]] = itertools.islice(grouped(ahead, self.batch_share), done, None)
+        if self.reduce is not None and not isinstance(train_loader, PositionedLoader):
+            groups = self.processes.in_step(groups, len if self.computes_in_step else lambda batches: 1)
         reports = isinstance(train_loader, ReportingLoader)  # asked once: 5 us
         for batches in groups:
-            counts = [self.count(batch) for batch in batches]
+            counts = [self.counted(batch) for batch in batches]
             self.clock.samples += sum(map(samples_in, batches)) * self.processes.number
             if reports:
                 self.bad_samples.collect("train", train_loader, self.state.step + 1)
@@ -288,6 +290,15 @@ class BaseTrainer(Task):
                 fix="a generator gives its batches once: pass a list or a loader, or a lower --max_steps",
             )
 
+    @property
+    def computes_in_step(self) -> bool:
+        """Whether a forward pass waits for that of the other processes: for parts of weights, or for buffers."""
+        return self.sharded or getattr(self.model, "broadcast_buffers", False)
+
+    def counted(self, batch: Batch) -> Any:
+        """A batch that only keeps processes in step counts for nothing."""
+        return 0 if "valid" in batch else self.count(batch)
+
     def window_total(self, counts: list[Any], loader: Iterable[Any]) -> Any:
         """The count of the window over all processes; known without asking where an order made it."""
         mine = sum(counts)
@@ -296,8 +307,8 @@ class BaseTrainer(Task):
         if isinstance(loader, PositionedLoader) and type(self).count is Task.count:
             return self.batch_size
         if isinstance(mine, Tensor):
-            return self.reduce(mine.to(self.device, torch.float32))
-        return self.reduce(torch.full((), mine, dtype=torch.float32, device=self.device))  # a copy would wait
+            return self.reduce(mine.to(self.device, precise(self.device)))
+        return self.reduce(torch.full((), mine, dtype=precise(self.device), device=self.device))  # a copy would wait
 
     def micro_batches(self, window: Window) -> Iterator[Batch]:
         """Each micro-batch on the device, with the generators seeded by its place, ready for `optimize`."""
@@ -332,7 +343,7 @@ class BaseTrainer(Task):
         """Backward; after the last micro-batch of the window also clip, step, average and count."""
         loss, window, config, state = total(losses), self.window, self.config, self.state
         if len(window.batches) > 1 or self.reduce is not None:  # a mean over part of the window weighs by its part
-            loss = loss * (window.counts[window.number] * self.processes.number / window.total)
+            loss = loss * window.share(self.processes.number, loss.dtype)
         loss = self.nonfinite.looked_at(loss)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         self.batch_statistics.after_micro_batch(window)
@@ -404,7 +415,7 @@ class BaseTrainer(Task):
         """An evaluation can be stopped, too: it is done anew when the run goes on. Loaders of this project alone
         have as many batches on each process, so that all hear the same."""
         if self.reduce is not None and not isinstance(val_loader, ReportingLoader):
-            yield from val_loader
+            yield from self.processes.in_step(val_loader) if self.computes_in_step else val_loader
             return
         for batch in val_loader:
             self.poll()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from configs.errors import DataError
+from trainer.processes import precise
 from trainer.windows import Batch, Window, samples_in
 
 
@@ -27,8 +28,7 @@ class BatchStatistics:
         self.norms = norms
         self.running = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
         self.counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
-        # so many digits that the order of a sum does not show; MPS has no more
-        self.dtype = torch.float32 if any(t.device.type == "mps" for t in self.running) else torch.float64
+        self.dtype = precise(self.running[0].device) if self.running else torch.float64
         self.merges = False
 
     def begin_step(self, window: Window) -> None:

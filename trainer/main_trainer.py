@@ -65,14 +65,13 @@ class MainTrainer(BaseTrainer):
     @torch.no_grad()
     def validate_epoch(self, val_loader: Iterable[Any]) -> dict[str, float]:
         self.model.eval()
-        meter, sums, metrics = Meter(None, self.processes.add_up), Sums(), self.new_metrics()
+        meter, sums, metrics = Meter(None, self.processes.told_by_all), Sums(), self.new_metrics()
         with self.averaged():
             for batch in moved_ahead(self.polled(val_loader), self.device, self.on_device):
                 losses, predictions = self.forward_pass(batch)
-                count = self.count(batch)
                 if losses is not None:
-                    meter.add(losses, count, (), self.state.step)
-                if count:  # a stand-in batch keeps processes in step and counts for nothing
+                    meter.add(losses, self.counted(batch), (), self.state.step)
+                if "valid" not in batch:
                     metrics.update(predictions, batch)
         meter.read(sums)
         return means(sums) | metrics.compute(self.processes)

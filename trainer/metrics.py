@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -18,25 +18,33 @@ Sums = dict[str, list[float]]  # name -> [sum over samples, samples]
 CURE = (
     "under another --experiment_name: lower --lr, add --warmup_steps or --grad_clip, try bf16 for fp16; check the data"
 )
-Reduce = Callable[[Tensor], Tensor]  # the sum of a tensor over all processes
-
-
-def counted_in(precision: torch.dtype) -> torch.dtype:
-    """In which processes add up what each has found in this precision."""
-    return torch.promote_types(precision, torch.float32)
+Row = tuple[int, float, dict[str, float]]  # the step that it leads to, a count, means over it
 
 
 def means(sums: Sums) -> dict[str, float]:
     return {name: value / count for name, (value, count) in sums.items() if count}
 
 
+def together(rows: Iterable[Row]) -> list[Row]:
+    """One row of each step, whatever micro-batches and processes it was cut into."""
+    found: dict[int, tuple[float, dict[str, float]]] = {}
+    for step, count, of_part in rows:
+        total, sums = found.get(step, (0, {}))
+        found[step] = total + count, {name: sums.get(name, 0.0) + value * count for name, value in of_part.items()}
+    return [
+        (step, count, {name: value / count if count else 0.0 for name, value in sums.items()})
+        for step, (count, sums) in found.items()
+    ]
+
+
 class Meter:
     """Losses and hits since the last reading.
 
-    `add` keeps small tensors and neither computes nor waits for the device. `read` waits once. Each loss is added
-    to the sums one by one, so that it does not matter to the last bit how often they are read.
+    `add` keeps small tensors and neither computes nor waits for the device. `read` waits once. Steps are added to the
+    sums one by one, so that it does not matter to the last bit how often they are read.
 
     hits: from what was kept of each sample to the metrics' hits, bool [B] by name.
+    gather: what each process says, in their order.
     """
 
     KEPT_ELEMENTS = 2**22  # then what was kept is reduced on the device, so that memory stays bounded
@@ -44,11 +52,11 @@ class Meter:
     def __init__(
         self,
         hits: Callable[..., dict[str, Tensor]] | None = None,
-        reduce: Reduce | None = None,
+        gather: Callable[[Any], list[Any]] = lambda said: [said],
         *,
         finite_only: bool = False,
     ):
-        self.hits, self.reduce, self.finite_only = hits, reduce, finite_only
+        self.hits, self.gather, self.finite_only = hits, gather, finite_only
         self._forget()
 
     def _forget(self) -> None:
@@ -77,56 +85,43 @@ class Meter:
             self.samples += sum(len(kept[0]) for kept in self.kept)
         self.kept, self.kept_elements = [], 0
 
+    def rows(self) -> list[Row]:
+        """Of each micro-batch that is pending; the host waits for the device here."""
+        if not self.losses:
+            return []
+        named = [losses if isinstance(losses, dict) else {"loss": losses} for losses, _, _ in self.losses]
+        columns = {name: torch.stack([losses[name] for losses in named]).tolist() for name in named[0]}
+        return [
+            (step, float(count), {name: column[place] for name, column in columns.items()})
+            for place, (_, count, step) in enumerate(self.losses)
+        ]
+
     def read(self, *sums: Sums) -> None:
-        """Add what is pending to each of the sums and forget it.
+        """Add what is pending on all processes to each of the sums and forget it.
 
         A loss that is not finite raises Diverged, or with finite_only all losses of its step count for nothing,
         however the step was cut into micro-batches and processes.
         """
-        if not self.losses:
-            return
         self._find_hits()
-        pending, samples, hit_sums = self.losses, self.samples, self.hit_sums
+        mine = self.rows(), {name: float(hits) for name, hits in self.hit_sums.items()}, self.samples
         self._forget()
-        counts = [count.item() if isinstance(count, Tensor) else count for _, count, _ in pending]
-        first = pending[0][0]
-        names = list(first) if isinstance(first, dict) else ["loss"]
-        columns = [
-            torch.stack([losses[name] if isinstance(losses, dict) else losses for losses, _, _ in pending])
-            for name in names
-        ]
-        precision = counted_in(columns[0].dtype)
-        if self.reduce is None:
-            values = [column.tolist() for column in columns]
-            totals = [float(hit) for hit in hit_sums.values()]
-        else:
-            device = columns[0].device
-            share = torch.tensor(counts, dtype=precision, device=device)
-            rows = torch.stack([column.to(precision) * share for column in columns] + [share])
-            tail = torch.stack([*hit_sums.values(), torch.tensor(samples, device=device)]).float()
-            *values, counts = self.reduce(rows).tolist()
-            values = [[value / count if count else 0.0 for value, count in zip(row, counts)] for row in values]
-            *totals, samples = self.reduce(tail).tolist()
-        steps = [step for _, _, step in pending]
-        wrong = {
-            step: f"{name} is {value} at step {step}"
-            for name, row in zip(names, values)
-            for value, step in zip(row, steps)
-            if not math.isfinite(value)
-        }
-        if wrong and not self.finite_only:
-            raise Diverged(wrong[min(wrong)], fix=CURE)
-        for target in sums:
-            for name, row in zip(names, values):
-                entry = target.setdefault(name, [0.0, 0])
-                for value, count, step in zip(row, counts, steps):
-                    if step not in wrong:
-                        entry[0] += value * count
-                        entry[1] += count
-            for name, total in zip(hit_sums, totals):
-                entry = target.setdefault(name, [0.0, 0])
-                entry[0] += total
-                entry[1] += samples
+        rows_of, hits_of, samples_of = zip(*self.gather(mine))
+        for step, count, of_step in together(row for rows in rows_of for row in rows):
+            if wrong := [name for name, value in of_step.items() if not math.isfinite(value)]:
+                if self.finite_only:
+                    continue
+                raise Diverged(f"{wrong[0]} is {of_step[wrong[0]]} at step {step}", fix=CURE)
+            add_to(sums, {name: value * count for name, value in of_step.items()}, count)
+        names = dict.fromkeys(name for hits in hits_of for name in hits)
+        add_to(sums, {name: sum(hits.get(name, 0.0) for hits in hits_of) for name in names}, sum(samples_of))
+
+
+def add_to(sums: Iterable[Sums], totals: dict[str, float], count: float) -> None:
+    for target in sums:
+        for name, total in totals.items():
+            entry = target.setdefault(name, [0.0, 0])
+            entry[0] += total
+            entry[1] += count
 
 
 class Metrics(Protocol):

@@ -72,6 +72,7 @@ class NonFinite:
             if math.isfinite(norm.item()) and self.losses_are_finite:
                 return True
             self.bad = torch.tensor([step, 1])
+            self.trainer.grad_norm = norm * math.nan  # several processes have no other
             return False
         if self.trainer.scaler is None:
             bad = ~norm.isfinite()
@@ -139,13 +140,14 @@ class NonFinite:
             write_whole(folder / f"step_{step:08d}.json", json.dumps(capsule))
 
     def losses(self, step: int) -> dict[str, list[float]]:
-        """This process's losses of the step's micro-batches."""
+        """Of the step's micro-batches, those of one process after the other."""
         found: dict[str, list[float]] = {}
         for losses, _, of_step in self.trainer.meter.losses:
             if of_step == step:
                 for name, value in (losses if isinstance(losses, dict) else {"loss": losses}).items():
                     found.setdefault(name, []).append(float(value))
-        return found
+        of_all = self.trainer.processes.told_by_all(found)
+        return {name: [value for of_one in of_all for value in of_one.get(name, [])] for name in found}
 
     def draw(self, step: int) -> dict[str, list[Any]]:
         """Sample ids and augmentation keys of the global batch, where an order made it."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -11,12 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import DataError, UserError
 
 PATIENCE = timedelta(hours=12)  # the main process may have much to decode; NCCL's own is ten minutes
+
+
+def precise(device: torch.device) -> torch.dtype:
+    """So many digits that the order of a sum does not show; MPS has no more."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Processes:
@@ -27,15 +30,18 @@ class Processes:
         self.number = accelerator.num_processes
         # The sum of a tensor over all processes; None for one alone.
         self.reduce = (lambda tensor: accelerator.reduce(tensor, "sum")) if self.number > 1 else None
-        self.add_up = self.sum_in_order if self.number > 1 else None
-        self.group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if self.number > 1 else None
+        self.group: Any = None  # talks on the CPU, beside the computation
+        self.patient: Any = None
+        if self.number > 1:
+            self.group = dist.new_group(backend="gloo")
+            self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         self.words = torch.zeros(0, dtype=torch.int64)
         self.pending: dist.Work | None = None
 
     def wait(self) -> None:
         """Until all are here."""
-        if self.group is not None:
-            dist.barrier(self.group)
+        if self.patient is not None:
+            dist.barrier(self.patient)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -58,16 +64,36 @@ class Processes:
                 error = fault
                 told = fault if isinstance(fault, UserError) else UserError(f"the main process failed: {fault}")
         said = [result, told]
-        dist.broadcast_object_list(said, src=0, group=self.group)
+        dist.broadcast_object_list(said, src=0, group=self.patient)
         result, told = said
         if told is not None:
             raise error or told
         return result
 
-    def sum_in_order(self, tensor: Tensor) -> Tensor:
-        """Of a small tensor; one process after the other. With three or more the order in which `reduce` adds up a
-        number depends on how many stand beside it, and so on when they were asked for."""
-        return functools.reduce(torch.add, self.accelerator.gather(tensor[None]))
+    def told_by_all(self, said: Any) -> list[Any]:
+        """What each process says, in their order; numbers that are added up so do not depend on how many are."""
+        if self.group is None:
+            return [said]
+        heard: list[Any] = [None] * self.number
+        dist.all_gather_object(heard, said, group=self.group)
+        return heard
+
+    def in_step(self, items: Iterable[Any], told: Callable[[Any], int] = lambda item: 1) -> Iterator[Any]:
+        """Items of a loader that every process has its own of, while all have one. told: what has to be equal.
+        Raises DataError on all of them, where they would wait for one another for ever."""
+        remaining = iter(items)
+        while True:
+            item = next(remaining, None)
+            numbers = self.told_by_all(0 if item is None else told(item))
+            if len(set(numbers)) > 1:
+                has, lacks = numbers.index(max(numbers)), numbers.index(min(numbers))
+                raise DataError(
+                    f"process {has} has {max(numbers)} more batch(es) to compute, process {lacks} has {min(numbers)}",
+                    fix="give every process equally many batches, as data/loader.py does",
+                )
+            if item is None:
+                return
+            yield item
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """Rows [N, ...] of all processes, one process after the other, however many each has."""
@@ -82,7 +108,7 @@ class Processes:
         """Those of all processes; as a rule there are none, and one number is all that is exchanged."""
         if self.reduce is None or not self.reduce(torch.tensor(len(lines), device=self.accelerator.device)):
             return lines
-        return gather_object(lines)
+        return [line for lines in self.told_by_all(lines) for line in lines]
 
     def exchange(self, *words: int) -> list[int]:
         """The largest of each word that any process said at the call before: all act on it at the same step.

@@ -65,8 +65,7 @@ def trace_samples(trainer: BaseTrainer) -> None:
     if "ids" not in batches[0]:
         raise ConfigError("--trace_samples needs batches that are dicts with `ids`", fix="leave it out")
     ids = torch.cat([batch["ids"].to(trainer.device) for batch in batches])
-    everywhere = ids if trainer.reduce is None else trainer.accelerator.gather(ids)
-    trainer.run.log_samples(trainer.state.step, trainer.state.epoch, everywhere.tolist())
+    trainer.run.log_samples(trainer.state.step, trainer.state.epoch, trainer.processes.gather_rows(ids).tolist())
 
 
 def share_bad_samples(trainer: BaseTrainer) -> None:

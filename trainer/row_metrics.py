@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trainer.processes import Processes
+from trainer.processes import Processes, precise
 from trainer.windows import Batch
 
 
@@ -16,8 +16,7 @@ class RowMetrics:
 
     def __init__(self, compute: Callable[[Tensor, Tensor], dict[str, float]], columns: int, device: torch.device):
         self.compute_of, self.columns = compute, columns
-        precise = torch.float32 if device.type == "mps" else torch.float64
-        self.rows = [torch.zeros(0, 2 * columns, dtype=precise, device=device)]
+        self.rows = [torch.zeros(0, 2 * columns, dtype=precise(device), device=device)]
 
     def update(self, predictions: Tensor, batch: Batch) -> None:
         """predictions [B, K], labels [B] or [B, K]."""

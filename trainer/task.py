@@ -51,8 +51,9 @@ class Task(ABC):
         raise UserError(f"{type(self).__name__} does not tell how its predictions are written", fix="write as_rows")
 
     def count(self, batch: Batch) -> Any:
-        """What a mean loss is a mean over: samples. Masked or weighted losses count something else."""
-        return 0 if "valid" in batch else samples_in(batch)
+        """What a mean loss is a mean over: samples. Masked or weighted losses count something else, a number or a
+        tensor; the loss of a batch that counts 0 has to be finite."""
+        return samples_in(batch)
 
     def kept(self, predictions: Any, batch: Batch) -> tuple[Tensor, ...]:
         """What `hits` needs of each sample, tensors [B, ...]; kept on the device until the next log line."""

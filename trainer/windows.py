@@ -7,8 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+from torch import Tensor
+
 from configs.errors import ConfigError
 from data.batch_sizes import BatchSizes
+from trainer.processes import precise
 
 Batch = dict[str, Any]
 
@@ -31,6 +35,14 @@ class Window:
     counts: list[Any]  # what each one's mean loss is a mean over
     total: Any  # the sum of counts over all processes
     number: int = 0
+
+    def share(self, processes: int, dtype: torch.dtype) -> Any:
+        """What the micro-batch's mean loss weighs in the window's, times the processes, since DDP takes their mean."""
+        count, total = self.counts[self.number], self.total
+        if not isinstance(total, Tensor):
+            return count * processes / (total or 1)
+        total = total.to(precise(total.device))
+        return (count * processes / torch.where(total == 0, 1, total)).to(dtype)
 
     @property
     def is_last(self) -> bool:
