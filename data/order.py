@@ -307,6 +307,13 @@ def even_parts(share: int, at_most: int) -> int:
     return min(at_most, size + size % 2)
 
 
+def parts(batch_size: int, processes: int, at_most: int) -> list[int]:
+    """Sizes of the micro-batches of a global batch, those of one process after the other."""
+    share = batch_size // processes
+    size = even_parts(share, at_most)
+    return [min(size, share - start) for start in range(0, share, size)] * processes
+
+
 class EvalOrder:
     """Every sample once, shared out over the processes, as many micro-batches on each."""
 

@@ -13,7 +13,7 @@ from torchvision.ops import StochasticDepth
 from configs.options import Config
 from data.balance import effective_counts, rare_classes, repeats
 from data.dataset import Data
-from data.order import TrainOrder, even_parts
+from data.order import TrainOrder, even_parts, parts
 from data.sequential import SequentialStream
 from data.stream import Stream
 from models.summary import cost, summarize
@@ -67,7 +67,6 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     length = f"{config.epochs} epochs of {trainer.steps_per_epoch:,} steps"
     if config.max_steps or later:
         length = ("" if config.max_steps else f"{config.epochs} epochs, ") + f"{trainer.total_steps:,} steps"
-    accumulated = -(-trainer.batch_share // micro)
     model = outline(config, data) if trainer.sharded or config.sync_batch_norm else trainer.plain_model
     at = data.info.channels, data.image_size, micro
     found = cost(model, *at)
@@ -81,13 +80,11 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     for line in sampling_lines(config, data):
         print(f"          {line}")
     print(
-        f"training  {length}, batch {trainer.batch_size} = "
-        f"{accelerator.num_processes} process(es) x {accumulated} x {micro}{later}"
+        f"training  {length}, batch {trainer.batch_size} = {cut(trainer, accelerator.num_processes)}{later}"
         + (f"; {dropped} samples sit out each epoch" if dropped and not later else "")
     )
-    if named := made_of_what_is_computed_at_once(trainer.plain_model):
-        at_once = micro * (accelerator.num_processes if config.sync_batch_norm else 1)
-        print(f"          {named}: the {at_once} images computed at once are part of the result")
+    for line in lines_of_the_cut(trainer):
+        print(f"          {line}")
     print(
         f"          {config.optimizer}, lr {peak_lr(config, trainer.batch_size):g}, {config.scheduler}"
         + (f", ema {config.ema_decay:g}" if config.ema_decay else "")
@@ -107,6 +104,32 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     for line in lines:
         print(f"note      {line}")
     print(flush=True)
+
+
+def sizes_at_once(trainer: BaseTrainer, processes: int) -> list[int]:
+    return parts(trainer.batch_size, processes, trainer.config.micro_batch_size)
+
+
+def cut(trainer: BaseTrainer, processes: int) -> str:
+    """A batch as processes and micro-batches: 2 process(es) x 3 x 8, or x (18 + 15)."""
+    sizes = sizes_at_once(trainer, processes)
+    of_one = sizes[: len(sizes) // processes]
+    even = f"{len(of_one)} x {of_one[0]}"
+    return f"{processes} process(es) x " + (even if len({*of_one}) == 1 else f"({' + '.join(map(str, of_one))})")
+
+
+def lines_of_the_cut(trainer: BaseTrainer) -> list[str]:
+    """What is said where the cut of a batch changes what a model learns."""
+    named = made_of_what_is_computed_at_once(trainer.plain_model)
+    if not named:
+        return []
+    before, number, state = trainer.state.processes, trainer.processes.number, trainer.state
+    times = number if trainer.config.sync_batch_norm else 1
+    sizes = dict.fromkeys(times * size for size in sizes_at_once(trainer, number))
+    lines = [f"{named}: the {' and '.join(map(str, sizes))} images computed at once are part of the result"]
+    if state.step and sizes_at_once(trainer, before) != sizes_at_once(trainer, number):
+        lines.append(f"this changes here: until step {state.step:,} it was {cut(trainer, before)}")
+    return lines
 
 
 def made_of_what_is_computed_at_once(model: nn.Module) -> str:

@@ -190,6 +190,7 @@ def test_a_run_goes_on_with_another_number_of_processes(folder, batch_norm, cour
     for number, processes in enumerate(course):
         stop = ["--stop_after_steps", "60"] if number < len(course) - 1 else []
         run = train(folder, name, *BATCH_NORM, *WHOLE, *stop, processes=processes)
+        assert checkpoint.read_state(checkpoint.all_checkpoints(run / "checkpoints")[-1])["processes"] == processes
     check_alike(batch_norm, run, 1e-9)
 
 

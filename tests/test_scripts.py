@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from data.transforms import Transform
 from models import build
 from scripts import train
 from scripts.report import block, fail
-from scripts.session import made_of_what_is_computed_at_once
+from scripts.session import cut, lines_of_the_cut, made_of_what_is_computed_at_once
 from tests.conftest import ROOT, SHARED_DATA, lines_of, run_script
 from tests.hub_server import TOKEN, HubServer
 
@@ -257,6 +259,26 @@ def test_an_operation_that_is_not_deterministic_says_which():
     ))  # fmt: skip
     assert "--deterministic: adaptive_max_pool2d_backward_cuda does not have a deterministic implementation\n" in text
     assert "leave --deterministic out" in text
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "dropout", "before", "lines"),
+    [
+        (4, 0.1, 1, ["dropout: the 4 and 2 images computed at once are part of the result",
+                     "this changes here: until step 7 it was 1 process(es) x 3 x 4"]),
+        (4, 0.1, 2, ["dropout: the 4 and 2 images computed at once are part of the result"]),
+        (6, 0.1, 1, ["dropout: the 6 images computed at once are part of the result"]),
+        (4, 0.0, 1, []),
+    ],
+)  # fmt: skip
+def test_another_cut_of_a_batch_is_told_where_it_changes_the_result(micro_batch, dropout, before, lines):
+    trainer: Any = SimpleNamespace(
+        plain_model=build("simple_cnn", num_classes=2, image_size=8, dropout=dropout), batch_size=12,
+        config=make_config(batch_size=12, micro_batch_size=micro_batch), processes=SimpleNamespace(number=2),
+        state=SimpleNamespace(step=7, processes=before),
+    )  # fmt: skip
+    assert lines_of_the_cut(trainer) == lines
+    assert cut(trainer, 2) == "2 process(es) x " + ("(4 + 2)" if micro_batch == 4 else "1 x 6")
 
 
 @pytest.mark.long

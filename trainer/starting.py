@@ -86,6 +86,7 @@ def check_lengths(trainer: BaseTrainer) -> None:
 def load_checkpoint(trainer: BaseTrainer) -> None:
     """Take up the checkpoint that the run continues from, once: a second train() goes on from where it is."""
     folder, trainer.resume_from = trainer.resume_from, None
+    trainer.state.processes = trainer.processes.number
     if folder is not None:
         saving.load_checkpoint(trainer, folder)
         trainer.saver.saved = trainer.state.to_json()
