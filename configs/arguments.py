@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from configs.errors import ConfigError, nearest
 from configs.names import check_text
 from configs.options import Config, DataOptions, ModelOptions, OptimOptions, RunOptions
 from configs.secrets import FIX, SECRET_NAME, hide_secrets, shown
+from configs.telling import tell_once
 from configs.values import HINTS, value_of
 from configs.yaml_file import read_yaml
 
@@ -56,8 +56,7 @@ def parse(argv: list[str], *, prog: str = "train.py") -> Config:
             check_text("config", path)
         config = resolve(Path(path), given) if path else Config(**given)
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(hide_secrets(str(error)), file=sys.stderr)
+        tell_once(hide_secrets(str(error)))
         raise SystemExit(error.exit_code) from None
     if printed:
         print(to_yaml(config), end="")

@@ -2,6 +2,8 @@
 
 import difflib
 
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
+
 
 class UserError(Exception):
     """A fault with its place and its cure; scripts print it as one block, without a traceback."""
@@ -36,6 +38,11 @@ class Diverged(UserError):
     """A loss or gradient that is not finite."""
 
     exit_code = 3
+
+
+def is_of_another_process(error: BaseException) -> bool:
+    """Whether this process only met the end of another."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER)
 
 
 def nearest(name: str, names: list[str]) -> str:

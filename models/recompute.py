@@ -28,7 +28,7 @@ def recompute_blocks(model: nn.Module, *, compiled: bool = False) -> None:
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no blocks that --gradient_checkpointing could compute twice: modules with "
-            "layers of their own in an nn.Sequential or nn.ModuleList"
+            "layers of their own in an nn.Sequential or nn.ModuleList: leave it out, or take another --model"
         )
     if compiled and any(map(norms_of, found)):
         raise ModelError(

@@ -212,7 +212,8 @@ def tell(results: list[tuple[str, list[Difference]]], excuses: list[str]) -> int
             print(f"          {name} was {then!r}, now {now!r}")
         code = max(code, int(bool(differences) and not close))
     if any(differences for _, differences in results):
-        print(*(f"note      {excuse}" for excuse in excuses), sep="\n", end="\n" if excuses else "")
+        then = "the run may have gone on with other flags since: give those of then, --max_steps for example"
+        print(*(f"note      {reason}" for reason in excuses or [then]), sep="\n")
     if not results:
         print("compare   the run wrote nothing of this step alone")
     return code

@@ -10,11 +10,12 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from configs.errors import ConfigError, UserError
+from configs.errors import ConfigError, UserError, is_of_another_process
 from configs.secrets import hide_secrets
+from configs.telling import is_first_here, tell, tell_once
 
 ROOT = Path(__file__).resolve().parent.parent
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
+UNUSED = "finished reduction in the prior iteration"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -67,14 +68,15 @@ def told(error: BaseException) -> UserError:
         notes = [lines.pop(), *notes]
     text = (lines[-1] if in_worker else lines[0])[:400]
     if is_of_another_process(error):
-        return UserError("this process stops, since another one has ended", fix="see what that one says")
+        fix = "see what that one says; if it was killed, for lack of memory for example, the same command continues"
+        return UserError("this process stops, since another one has ended", fix=fix)
     if isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY):
         fix = "lower --micro_batch_size: the result stays that of the whole --batch_size; or lower --image_size"
         return UserError(f"out of memory: {text}", where=place(error), fix=fix)
     if "No space left" in text or getattr(error, "errno", None) in (errno.EROFS, errno.EACCES, errno.EDQUOT):
         fix = "free some space, or choose another --output_dir; a saved run continues by the same command"
         return UserError(f"cannot write: {text}", where=place(error), fix=fix)
-    if "finished reduction in the prior iteration" in text:
+    if UNUSED in text:
         fix = "let every parameter take part in the loss, or take --find_unused_parameters"
         return UserError("DDP: some parameters took no part in the step before", where=place(error), fix=fix)
     if "does not have a deterministic implementation" in text:
@@ -83,11 +85,6 @@ def told(error: BaseException) -> UserError:
     fix = "run again with --debug for the whole traceback"
     where = ", ".join([place(error), *notes])
     return UserError(text if in_worker else f"{type(error).__name__}: {text}", where=where, fix=fix)
-
-
-def is_of_another_process(error: BaseException) -> bool:
-    """Whether this process only met the end of another."""
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER)
 
 
 def place(error: BaseException) -> str:
@@ -106,13 +103,15 @@ def fail(error: Exception, *, debug: bool) -> int:
         print(hide_secrets("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     text, code = block(error)
     text = hide_secrets(text)  # the hub answers by signed addresses, which errors of the network repeat
-    rank = os.environ.get("RANK", "0")
-    first_here = os.environ.get("LOCAL_RANK", rank) == "0"  # other machines may have other files
-    if first_here or not (met_by_all(error) or is_of_another_process(error)):
-        print(text if rank == "0" else f"[process {rank}] {text}", file=sys.stderr, flush=True)
+    if met_by_all(error):
+        tell_once(text)
+    elif is_first_here() or not is_of_another_process(error):
+        tell(text)
     return code
 
 
 def met_by_all(error: Exception) -> bool:
     """Whether the other processes meet this error, too, so that one of them tells it."""
-    return (isinstance(error, UserError) and not error.of_one_process) or type(error).__name__ == "ModelError"
+    if isinstance(error, UserError):
+        return not error.of_one_process
+    return type(error).__name__ == "ModelError" or UNUSED in str(error)

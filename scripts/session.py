@@ -22,6 +22,7 @@ from scripts.report import leave
 from scripts.wiring import build_trainer, device_name, outline, titled
 from trainer import signals
 from trainer.base_trainer import BaseTrainer
+from trainer.launch import is_on
 from trainer.optim import peak_lr
 
 EXIT_CODES = {"done": 0, "preempted": 75}
@@ -62,11 +63,12 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     later = "".join(
         f", {size} from epoch {epoch + 1} on"
         for epoch, size in trainer.batch_sizes.later
-        if epoch > trainer.state.epoch
+        if epoch > trainer.state.epoch and (config.max_steps or epoch < config.epochs)
     )
-    length = f"{config.epochs} epochs of {trainer.steps_per_epoch:,} steps"
+    epochs = f"{config.epochs} epoch" + ("s" if config.epochs > 1 else "")
+    length = f"{epochs} of {trainer.steps_per_epoch:,} steps"
     if config.max_steps or later:
-        length = ("" if config.max_steps else f"{config.epochs} epochs, ") + f"{trainer.total_steps:,} steps"
+        length = ("" if config.max_steps else f"{epochs}, ") + f"{trainer.total_steps:,} steps"
     model = outline(config, data) if trainer.sharded or config.sync_batch_norm else trainer.plain_model
     at = data.info.channels, data.image_size, micro
     found = cost(model, *at)
@@ -87,6 +89,7 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
         print(f"          {line}")
     print(
         f"          {config.optimizer}, lr {peak_lr(config, trainer.batch_size):g}, {config.scheduler}"
+        + (f", --lr scaled by the batch size ({config.lr_scale})" if config.lr_scale != "none" else "")
         + (f", ema {config.ema_decay:g}" if config.ema_decay else "")
         + (f", swa from epoch {config.swa_start_epoch + 1} on" if config.swa_start_epoch is not None else "")
         + (f", layer decay {config.layer_decay:g}" if config.layer_decay != 1 else "")
@@ -97,8 +100,9 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
             f"          taught by {config.teacher}: {config.distill_weight:g} of the loss at temperature "
             f"{config.distill_temperature:g}"
         )
+    unseen = " (no GPU is visible)" if trainer.device.type == "cpu" and not is_on("ACCELERATE_USE_CPU") else ""
     print(
-        f"machine   {device_name(trainer.device)}, precision {accelerator.mixed_precision}, "
+        f"machine   {device_name(trainer.device)}{unseen}, precision {accelerator.mixed_precision}, "
         f"{trainer.state.cpu_threads} thread(s)" + (", the model sharded by FSDP2" if trainer.sharded else "")
     )
     for line in lines:
@@ -184,6 +188,8 @@ def print_result(trainer: BaseTrainer, result: dict) -> None:
     if result["state"] == "preempted":
         print(f"stopped   after step {result['step']:,} ({result['reason']}), saved; continue with")
         print(f"          accelerate launch scripts/train.py --resume {path}")
+        if trainer.processes.number > 1:
+            print(f"          and the flags of the launcher, which started {trainer.processes.number} processes")
         return
     print("next      python scripts/test.py --weights " + str(path))
     print(f"          python scripts/predict.py --weights {path} IMAGE_OR_FOLDER")

@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs uninstalled as well
 
 from configs.arguments import parse  # imports no torch: help and faults answer at once
+from configs.telling import is_first_here
 from trainer import signals  # nor does this
 
 
@@ -28,7 +29,8 @@ def main(argv: list[str]) -> int:
 
             code = run(config)
         except signals.Preempted as stop:
-            print(f"stopped by {stop.reason} before training; the same command continues", file=sys.stderr)
+            if is_first_here():  # a launcher stops the others, too, as soon as one has failed
+                print(f"stopped by {stop.reason} before training, with nothing to save", file=sys.stderr)
             code = 75
         except Exception as error:
             code = fail(error, debug=config.debug)  # of several processes, the others notice it by the end of this one

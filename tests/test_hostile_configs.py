@@ -637,13 +637,6 @@ def test_texts_survive_being_saved(file: Path):
         assert parse(["--config", str(file)]) == config
 
 
-def test_no_process_but_the_first_tells_the_fault(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit):
-        parse(["--lr", "nan"])
-    assert capsys.readouterr() == ("", "")
-
-
 def test_a_hostile_file_ends_the_script_before_anything_is_made(tmp_path: Path):
     for name in ("object", "impossible date", "flag in a list"):
         (tmp_path / "c.yaml").write_text(str(HOSTILE_FILES[name][0]))

@@ -185,7 +185,7 @@ def test_what_the_main_process_raises_the_others_raise_without_doing_its_work(mo
     fault = UserError("the disk is full")
     monkeypatch.setattr(dist, "broadcast_object_list", lambda said, **_: said.__setitem__(1, fault))
     other = processes.Processes.__new__(processes.Processes)
-    other.number, other.accelerator, other.group = 2, SimpleNamespace(is_main_process=False), None
+    other.number, other.accelerator, other.patient = 2, SimpleNamespace(is_main_process=False), None
     with pytest.raises(UserError, match="the disk is full"):
         other.from_main(lambda: pytest.fail("this is the main process's work"))
 

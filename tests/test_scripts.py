@@ -18,12 +18,11 @@ import torch
 from PIL import Image
 
 from configs.arguments import make_config
-from configs.errors import DataError
 from data.dataset import load_data
 from data.transforms import Transform
 from models import build
 from scripts import train
-from scripts.report import block, fail
+from scripts.report import block
 from scripts.session import cut, lines_of_the_cut, made_of_what_is_computed_at_once
 from tests.conftest import ROOT, SHARED_DATA, lines_of, run_script
 from tests.hub_server import TOKEN, HubServer
@@ -314,16 +313,6 @@ def test_a_run_begins_with_the_weights_it_is_given(tmp_path):
     begun = build_model(make_config(seed=2, weights=str(tmp_path)), data)
     assert all(torch.equal(a, b) for a, b in zip(begun.state_dict().values(), given.state_dict().values()))
     assert not torch.equal(other.head.weight, given.head.weight)
-
-
-def test_a_fault_that_one_process_alone_meets_is_told_by_it(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    error = DataError("a block is broken", where="file")
-    assert fail(error, debug=False) == 1
-    assert capsys.readouterr().err == ""  # the first process tells what all of them meet
-    error.of_one_process = True
-    fail(error, debug=False)
-    assert capsys.readouterr().err.startswith("[process 1] error: a block is broken")
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

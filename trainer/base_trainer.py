@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.errors import ConfigError, DataError, Diverged, UserError
+from configs.errors import ConfigError, DataError, Diverged, UserError, is_of_another_process
 from configs.options import Config
 from data.batch_sizes import BatchSizes, check_shares
 from data.order import Use, mix, seed_device
@@ -134,7 +134,7 @@ class BaseTrainer(Task):
         )
         if self.is_main:
             print(*self.messages, sep="\n", end="\n" if self.messages else "")
-        with signals.noted():
+        with signals.noted(can_save=True):
             return self.train_until_stopped()
 
     def train_until_stopped(self) -> dict[str, Any]:
@@ -151,8 +151,9 @@ class BaseTrainer(Task):
             if not isinstance(error, UserError):
                 error.add_note(reporting.where_it_is(self))
             state = "diverged" if isinstance(error, Diverged) else "failed"
+            reason = "another process has ended" if is_of_another_process(error) else str(error)[:1000]
             with suppress(UserError):  # a full disk must not hide what is being told
-                self.run.status(state, **reporting.standing(self), reason=str(error)[:1000] or type(error).__name__)
+                self.run.status(state, **reporting.standing(self), reason=reason or type(error).__name__)
             raise
         finally:
             self.saver.close()

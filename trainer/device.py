@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from configs.errors import ConfigError
 from configs.options import Config
-from trainer import launch, sharding
+from trainer import launch, sharding, signals
 from trainer.windows import as_dict
 
 
 def make_accelerator(config: Config) -> Accelerator:
     """CUDA, MPS or CPU, whichever is there. Raises ConfigError for a precision or launch that cannot work."""
+    launch.check_environment()
     launch.check_requests()
     fsdp = sharding.asked_for()
     no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
@@ -31,7 +33,8 @@ def make_accelerator(config: Config) -> Accelerator:
         raise ConfigError(f"the launcher asks for {wanted} precision", fix="take --mixed_precision bf16, fp16 or no")
     if wanted == "fp16" and use_cpu:
         raise ConfigError(
-            "--mixed_precision fp16 needs a GPU, and none is used (on a CPU it would silently train in float32)",
+            f"{'--mixed_precision fp16' if precision else 'fp16, which the launcher asks for,'} needs a GPU, and none "
+            "is used (on a CPU it would silently train in float32)",
             fix="take --mixed_precision bf16 or no",
         )
     if wanted == "fp16" and config.optimizer == "muon":
@@ -48,10 +51,12 @@ def make_accelerator(config: Config) -> Accelerator:
             f"{torch.cuda.get_device_name()} cannot compute in bf16", fix="take --mixed_precision fp16 or no"
         )
     try:
-        accelerator = Accelerator(cpu=use_cpu, mixed_precision=wanted, fsdp_plugin=fsdp)
+        with signals.as_usual() if launch.started() > 1 else nullcontext():  # it waits until all have come
+            accelerator = Accelerator(cpu=use_cpu, mixed_precision=wanted, fsdp_plugin=fsdp)
     except ValueError as error:  # a second trainer of another precision in one process
-        raise ConfigError(f"this process has an Accelerator already: {str(error).splitlines()[0]}") from None
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+        already = "this process has an Accelerator already" if "already been init" in str(error) else "Accelerate"
+        raise ConfigError(f"{already}: {str(error).splitlines()[0]}") from None
+    started = launch.int_of("WORLD_SIZE")
     if accelerator.num_processes != started:
         raise ConfigError(
             f"the launcher started {started} processes, but they do not know each other "

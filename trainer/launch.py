@@ -38,7 +38,8 @@ REQUESTS_OF_FSDP = [
         "take TRANSFORMER_BASED_WRAP there: each block of the model",
     ),
 ]  # fmt: skip
-TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun and mpirun
+SRUN = "SLURM_STEP_NUM_TASKS"
+MPI = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")
 OF_A_MACHINE = {
     "dataset", "mix_datasets", "train_data_dir", "val_data_dir", "test_data_dir", "data_files", "weights",
     "pretrained", "teacher", "output_dir", "resume", "num_workers", "debug",
@@ -47,6 +48,42 @@ OF_A_MACHINE = {
 
 def is_on(variable: str, off: tuple[str, ...] = OFF) -> bool:
     return os.environ.get(variable, "").lower() not in off
+
+
+def check_environment() -> None:
+    """Raises ConfigError where processes are to find one another, and nobody told them how."""
+    by_mpi = started_by_mpi()
+    if by_mpi > 1 and "MASTER_ADDR" not in os.environ:
+        raise unknown_to_each_other(by_mpi, 1)
+    needs = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needs if name not in os.environ]
+    if int_of("WORLD_SIZE") > 1 and by_mpi == 1 and missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and {missing[0]} is not set: the processes would wait for ever",
+            fix="start them by torchrun or accelerate launch, which set both",
+        )
+
+
+def int_of(variable: str) -> int:
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdecimal() else 1
+
+
+def started_by_mpi() -> int:
+    return max(int_of(name) for name in MPI)
+
+
+def started() -> int:
+    """Processes that look for one another."""
+    return max(int_of("WORLD_SIZE"), started_by_mpi())
+
+
+def unknown_to_each_other(started: int, each_sees: int) -> ConfigError:
+    return ConfigError(
+        f"srun or mpirun started {started} processes, but they do not know each other (each sees {each_sees})",
+        fix="accelerate launch on each machine, as scripts/slurm.sh does; "
+        f"--expect_processes {each_sees} where each is meant to be a run of its own",
+    )
 
 
 def check_requests() -> None:
@@ -62,13 +99,9 @@ def check_requests() -> None:
 
 def check_processes_know_each_other(config: Config, accelerator: Accelerator) -> None:
     """srun and mpirun start the same command several times and leave it to that to find the others."""
-    started, each_sees = max(int(os.environ.get(name, "1")) for name in TASKS), accelerator.num_processes
-    if started > each_sees and config.expect_processes != each_sees:
-        raise ConfigError(
-            f"srun or mpirun started {started} processes, but they do not know each other (each sees {each_sees})",
-            fix="accelerate launch on each machine, as scripts/slurm.sh does; "
-            f"--expect_processes {each_sees} where each is meant to be a run of its own",
-        )
+    tasks, each_sees = max(started_by_mpi(), int_of(SRUN)), accelerator.num_processes
+    if tasks > each_sees and config.expect_processes != each_sees:
+        raise unknown_to_each_other(tasks, each_sees)
 
 
 def check_flags(config: Config, accelerator: Accelerator) -> None:

@@ -86,11 +86,13 @@ def check_lengths(trainer: BaseTrainer) -> None:
 def load_checkpoint(trainer: BaseTrainer) -> None:
     """Take up the checkpoint that the run continues from, once: a second train() goes on from where it is."""
     folder, trainer.resume_from = trainer.resume_from, None
-    trainer.state.processes = trainer.processes.number
+    before, trainer.state.processes = trainer.state.processes, trainer.processes.number
     if folder is not None:
         saving.load_checkpoint(trainer, folder)
         trainer.saver.saved = trainer.state.to_json()
         if trainer.is_main:
+            if before != trainer.processes.number:
+                print(f"the number of processes was {before}, now {trainer.processes.number}")
             print(f"continuing {trainer.run.path} after step {trainer.state.step} (epoch {trainer.state.epoch + 1})")
 
 
