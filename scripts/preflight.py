@@ -29,6 +29,7 @@ from data.dataset import Data
 from data.order import even_parts
 from scripts import logins
 from scripts.audit import classes_found, pictures_found
+from scripts.columns import COLUMNS
 from scripts.report import met_by_all, told
 from scripts.wiring import build_model, build_trainer
 from trainer import checkpoint, freezing, micro_batch, run_folder, saving, signals, starting, swa
@@ -37,7 +38,6 @@ from trainer.device import make_accelerator
 from trainer.sharding import part
 from trainer.windows import as_dict, samples_in
 
-COLUMNS = 80
 FOUND = ("task", "labels", "model", "monitor", "micro_batch_size")  # what follows from the data and the machine
 STEPS, STEPS_SECONDS = 4, 20.0  # the first step warms up; the others tell the speed
 OFF: dict[str, Any] = {

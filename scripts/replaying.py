@@ -7,7 +7,6 @@ import math
 import os
 import sys
 import tempfile
-import textwrap
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ import torch
 
 from configs.errors import ConfigError, Diverged, UserError
 from configs.options import Config
+from scripts.columns import wrapped
 from scripts.recording import Step, cut_as_by, recording
 from scripts.wiring import build_trainer
 from trainer import checkpoint, signals
@@ -26,7 +26,6 @@ from trainer.metrics import means
 from trainer.run_folder import RunFolder, saved_yaml, write_whole
 from trainer.saving import name_of_non_finite
 
-COLUMNS = 80
 ROUNDING = 1e-5  # relative: what sums in another order may change within some steps
 
 
@@ -148,10 +147,6 @@ def show(number: int, step: Step) -> None:
     for name, value in (*step.means().items(), ("grad_norm", step.grad_norm), ("lr", step.lr)):
         print(f"{name:<9} {value:.17g}")
     print(wrapped("samples", ", ".join(map(str, step.ids))))
-
-
-def wrapped(name: str, text: str) -> str:
-    return textwrap.fill(text, COLUMNS, initial_indent=f"{name:<9} ", subsequent_indent=" " * 10)
 
 
 Difference = tuple[str, Any, Any]

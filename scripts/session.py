@@ -18,6 +18,7 @@ from data.sequential import SequentialStream
 from data.stream import Stream
 from models.summary import cost, summarize
 from scripts import preflight
+from scripts.columns import wrapped
 from scripts.report import leave
 from scripts.wiring import build_trainer, device_name, outline, titled
 from trainer import signals
@@ -73,40 +74,40 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
     at = data.info.channels, data.image_size, micro
     found = cost(model, *at)
     trainer.forward_flops = found.convolution_flops, found.flops - found.convolution_flops
-    print(f"run       {trainer.run.path}")
-    print(f"model     {titled(config)}: {summarize(model, *at, found)}")
-    for line in trainer.plain_model.origin:
-        print(f"          {line}")
-    print(f"data      {data.name}: {sizes}; {data.kind}")
-    print(f"          {data.info.channels}x{data.image_size}x{data.image_size} pixels, augment {config.augment}")
-    for line in sampling_lines(config, data):
-        print(f"          {line}")
-    print(
-        f"training  {length}, batch {trainer.batch_size} = {cut(trainer, accelerator.num_processes)}{later}"
-        + (f"; {dropped} samples sit out each epoch" if dropped and not later else "")
-    )
-    for line in lines_of_the_cut(trainer):
-        print(f"          {line}")
-    print(
-        f"          {config.optimizer}, lr {peak_lr(config, trainer.batch_size):g}, {config.scheduler}"
+    training = f"{length}, batch {trainer.batch_size} = {cut(trainer, accelerator.num_processes)}{later}"
+    training += f"; {dropped} samples sit out each epoch" if dropped and not later else ""
+    optimizing = (
+        f"{config.optimizer}, lr {peak_lr(config, trainer.batch_size):g}, {config.scheduler}"
         + (f", --lr scaled by the batch size ({config.lr_scale})" if config.lr_scale != "none" else "")
         + (f", ema {config.ema_decay:g}" if config.ema_decay else "")
         + (f", swa from epoch {config.swa_start_epoch + 1} on" if config.swa_start_epoch is not None else "")
         + (f", layer decay {config.layer_decay:g}" if config.layer_decay != 1 else "")
         + (f"; the head alone for {config.freeze_epochs} epoch(s)" if config.freeze_epochs else "")
     )
-    if config.teacher is not None:
-        print(
-            f"          taught by {config.teacher}: {config.distill_weight:g} of the loss at temperature "
-            f"{config.distill_temperature:g}"
-        )
     unseen = " (no GPU is visible)" if trainer.device.type == "cpu" and not is_on("ACCELERATE_USE_CPU") else ""
-    print(
-        f"machine   {device_name(trainer.device)}{unseen}, precision {accelerator.mixed_precision}, "
+    machine = (
+        f"{device_name(trainer.device)}{unseen}, precision {accelerator.mixed_precision}, "
         f"{trainer.state.cpu_threads} thread(s)" + (", the model sharded by FSDP2" if trainer.sharded else "")
     )
-    for line in lines:
-        print(f"note      {line}")
+    taught = (
+        f"taught by {config.teacher}: {config.distill_weight:g} of the loss at temperature "
+        f"{config.distill_temperature:g}"
+    )
+    for head, text in [
+        ("run", str(trainer.run.path)),
+        ("model", f"{titled(config)}: {summarize(model, *at, found)}"),
+        *(("", line) for line in trainer.plain_model.origin),
+        ("data", f"{data.name}: {sizes}; {data.kind}"),
+        ("", f"{data.info.channels}x{data.image_size}x{data.image_size} pixels, augment {config.augment}"),
+        *(("", line) for line in sampling_lines(config, data)),
+        ("training", training),
+        *(("", line) for line in lines_of_the_cut(trainer)),
+        ("", optimizing),
+        *([("", taught)] if config.teacher is not None else []),
+        ("machine", machine),
+        *(("note", line) for line in lines),
+    ]:
+        print(wrapped(head, text))
     print(flush=True)
 
 
