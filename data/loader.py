@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from configs.environment import is_on
 from configs.errors import ConfigError, DataError
 from configs.options import Config
 from data.balance import rare_classes, repeats
@@ -75,7 +76,7 @@ class OrderedLoader:
             num_workers=num_workers,
             worker_init_fn=partial(outlive_a_signal, os.getpid(), multiprocessing.get_start_method() == "fork"),
             persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available() and not os.environ.get("ACCELERATE_USE_CPU"),
+            pin_memory=torch.cuda.is_available() and not is_on("ACCELERATE_USE_CPU"),
             generator=torch.Generator(),  # the loader's own seed is not used: keep it from the global generator
         )
 

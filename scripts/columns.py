@@ -8,8 +8,8 @@ COLUMNS = 80
 
 
 def wrapped(head: str, text: str) -> str:
-    """`head` in a column of its own, the text beside it; paths and commands stay whole."""
-    return textwrap.fill(
+    """`head` in a column of its own, the text beside it; words stay whole."""
+    return head if not text else textwrap.fill(
         text, COLUMNS, initial_indent=f"{head:<10}", subsequent_indent=" " * 10,
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip

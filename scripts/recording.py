@@ -115,6 +115,7 @@ def recording(number: int, window_start: int, processes: int) -> Adapt:
 def cut_as_by(trainer: BaseTrainer, processes: int) -> None:
     """Let one process compute the micro-batches that so many processes did."""
     config, loader = trainer.config, trainer.train_loader
+    trainer.state.processes = trainer.processes.number  # nothing changes: no line is to say so
     if config.batch_size % processes:
         raise ConfigError(f"--batch_size {config.batch_size} cannot have been shared by {processes} processes")
     order = loader.order  # type: ignore[union-attr]

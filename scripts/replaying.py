@@ -50,7 +50,7 @@ def replay(run: Path, number: int, config: Config, processes: int | None = None)
         raise ConfigError("a replay is one process", fix="start it with python, without a launcher")
     run = run.resolve()
     written = read(run, number)
-    processes = processes or written.environment.get("processes", 1)
+    processes = processes or processes_at(run, number) or written.environment.get("processes", 1)
     if config.sync_batch_norm and processes > 1:
         raise ConfigError("--sync_batch_norm computed over all processes at once, which a replay, being one, cannot")
     with tempfile.TemporaryDirectory(prefix="replay-", ignore_cleanup_errors=True) as folder, signals.at_once():
@@ -96,6 +96,14 @@ def read(run: Path, number: int) -> Written:
         ids=next((entry["ids"] for entry in samples if entry["step"] == number), None),
         capsule=json.loads(capsule.read_text()) if capsule.is_file() else None,
     )
+
+
+def processes_at(run: Path, number: int) -> int | None:
+    """As the first checkpoint that is left from there on tells; a resume changes what env.json says."""
+    folders = checkpoint.all_checkpoints(run / "checkpoints")
+    later = (folder for folder in folders if (checkpoint.step_of(folder) or 0) >= number)
+    intact = next((folder for folder in later if not checkpoint.fault(folder)), None)
+    return checkpoint.read_state(intact).get("processes") if intact else None
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -207,7 +215,7 @@ def tell(results: list[tuple[str, list[Difference]]], excuses: list[str]) -> int
             print(f"          {name} was {then!r}, now {now!r}")
         code = max(code, int(bool(differences) and not close))
     if any(differences for _, differences in results):
-        then = "the run may have gone on with other flags since: give those of then, --max_steps for example"
+        then = "the run may have gone on with other flags since: give those of then, as --max_steps or --processes"
         print(*(f"note      {reason}" for reason in excuses or [then]), sep="\n")
     if not results:
         print("compare   the run wrote nothing of this step alone")

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
+from configs.environment import is_on
 from configs.options import Config
 from data.balance import effective_counts, rare_classes, repeats
 from data.dataset import Data
@@ -23,7 +24,6 @@ from scripts.report import leave
 from scripts.wiring import build_trainer, device_name, outline, titled
 from trainer import signals
 from trainer.base_trainer import BaseTrainer
-from trainer.launch import is_on
 from trainer.optim import peak_lr
 
 EXIT_CODES = {"done": 0, "preempted": 75}
@@ -93,8 +93,8 @@ def print_summary(trainer: BaseTrainer, data: Data, lines: list[str]) -> None:
         f"taught by {config.teacher}: {config.distill_weight:g} of the loss at temperature "
         f"{config.distill_temperature:g}"
     )
+    print(f"{'run':<10}{trainer.run.path}")  # to be copied
     for head, text in [
-        ("run", str(trainer.run.path)),
         ("model", f"{titled(config)}: {summarize(model, *at, found)}"),
         *(("", line) for line in trainer.plain_model.origin),
         ("data", f"{data.name}: {sizes}; {data.kind}"),
@@ -128,13 +128,19 @@ def lines_of_the_cut(trainer: BaseTrainer) -> list[str]:
     named = made_of_what_is_computed_at_once(trainer.plain_model)
     if not named:
         return []
-    before, number, state = trainer.state.processes, trainer.processes.number, trainer.state
-    times = number if trainer.config.sync_batch_norm else 1
-    sizes = dict.fromkeys(times * size for size in sizes_at_once(trainer, number))
-    lines = [f"{named}: the {' and '.join(map(str, sizes))} images computed at once are part of the result"]
-    if state.step and sizes_at_once(trainer, before) != sizes_at_once(trainer, number):
-        lines.append(f"this changes here: until step {state.step:,} it was {cut(trainer, before)}")
+    before, number, step = trainer.state.processes, trainer.processes.number, trainer.state.step
+    sizes = sizes_that_matter(trainer, number)
+    shown = " and ".join(map(str, dict.fromkeys(sizes)))
+    lines = [f"{named}: the {shown} images computed at once are part of the result"]
+    if step and before is not None and sizes_that_matter(trainer, before) != sizes:
+        lines.append(f"this changes here: until step {step:,} it was {cut(trainer, before)}")
     return lines
+
+
+def sizes_that_matter(trainer: BaseTrainer, processes: int) -> list[int]:
+    """Of what BatchNorm and dropout see at once."""
+    together = processes if trainer.config.sync_batch_norm else 1
+    return [together * size for size in sizes_at_once(trainer, processes)]
 
 
 def made_of_what_is_computed_at_once(model: nn.Module) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs uninstalled as well
 
 from configs.arguments import parse  # imports no torch: help and faults answer at once
+from configs.environment import int_of
 from configs.telling import is_first_here
 from trainer import signals  # nor does this
 
@@ -22,7 +23,7 @@ def main(argv: list[str]) -> int:
     with signals.noted():  # before the long imports: a signal is answered from here on
         from scripts.report import fail, leave, outlive_readers
 
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        several = int_of("WORLD_SIZE") > 1
         outlive_readers()
         try:
             from scripts.session import run

@@ -23,6 +23,7 @@ from configs.errors import DataError
 from data.dataset import load_data
 from data.loader import eval_loader
 from tests.tiny import TinyNet, tiny_trainer
+from trainer.contrastive_trainer import ContrastiveTrainer
 from trainer.device import make_accelerator
 from trainer.main_trainer import MainTrainer
 
@@ -64,6 +65,12 @@ class Sparse(Masked):
         return (batch["ids"] % 40 == 0).double()
 
 
+class Compared(MainTrainer):
+    """Samples of all processes are compared."""
+
+    equal_on_all = ContrastiveTrainer.equal_on_all
+
+
 EVEN, TAIL, SHORT = [12] * 6, [12, 12, 12, 7], [12, 12, 12, 1]  # samples that all processes together compute at once
 CASES: dict[str, tuple[type[MainTrainer], list[int], list[int], dict[str, Any]]] = {
     # task, training, evaluation, options
@@ -74,7 +81,9 @@ CASES: dict[str, tuple[type[MainTrainer], list[int], list[int], dict[str, Any]]]
     "sparse": (Sparse, EVEN, TAIL, {"batch_size": 24}),
     "a tail": (MainTrainer, TAIL, TAIL, {"trace_samples": True}),
     "a part less on one process": (MainTrainer, SHORT, SHORT, {"batch_size": 24}),
+    "compared": (Compared, EVEN, TAIL, {}),
     "a step less on one process": (MainTrainer, SHORT, EVEN, {}),
+    "compared, fewer on one process": (Compared, TAIL, EVEN, {}),
 }
 
 

@@ -70,6 +70,15 @@ def test_pixels_do_not_depend_on_workers_micro_batches_or_where_one_begins(augme
         assert np.mean(changed) > 0.5
 
 
+@pytest.mark.parametrize("said", ["", "False", "true"])
+def test_batches_lie_ready_for_a_gpu_unless_the_launcher_says_cpu(monkeypatch, said):
+    """`accelerate launch` says "False" on one GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", said)
+    config = make_config()
+    assert train_loader(config, load_data(config)).loader.pin_memory == (said != "true")
+
+
 def test_augmentation_leaves_the_generator_of_dropout_alone():
     loader = train_loader(make_config(num_workers=0), load_data(make_config()))
     torch.manual_seed(7)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +16,7 @@ from configs.arguments import make_config
 from configs.errors import ConfigError
 from tests import bn_net
 from tests.tiny import TinyNet
+from trainer.base_trainer import BaseTrainer
 from trainer.ddp import ddp_options, settle_buckets, with_synced_norms
 
 
@@ -49,6 +53,16 @@ def test_buckets_are_settled_without_a_trace(one_process, on_a_gpu):
 
 def test_what_is_not_ddp_has_no_buckets():
     settle_buckets(nn.Linear(2, 2))
+
+
+def test_a_forward_waits_for_other_processes_where_they_share_weights_buffers_or_statistics():
+    def waits(sharded=False, broadcast_buffers=False, **options) -> bool:
+        model = SimpleNamespace(broadcast_buffers=broadcast_buffers)
+        trainer: Any = SimpleNamespace(sharded=sharded, config=make_config(**options), model=model)
+        return BaseTrainer.computes_in_step.fget(trainer)  # type: ignore[attr-defined]
+
+    assert not waits()
+    assert waits(sharded=True) and waits(broadcast_buffers=True) and waits(sync_batch_norm=True)
 
 
 def test_buffers_are_sent_around_only_where_more_than_batch_norm_changes_them():

@@ -145,8 +145,9 @@ def test_a_checkpoint_that_one_machine_does_not_see_is_named(tmp_path):
     ("other", "words"),
     [
         ({"--lr": 0.1, "classes": ["a"]}, None),
-        ({"--lr": 0.1, "classes": ["b"]}, r"classes is \['a'\] on process 0 \(.*\), and \['b'\] on process 1"),
+        ({"--lr": 0.1, "classes": ["b"]}, r"classes \[0\] is 'a' on process 0 \(.*\), and 'b' on process 1"),
         ({"--lr": 0.1, "classes": ["a"], "more": 1}, "more is None on process 0 .*, and 1 on process 1"),
+        ({"--lr": 0.1, "classes": []}, r"classes is \['a'\] on process 0 \(.*\), and \[\] on process 1"),
     ],
 )
 def test_processes_that_were_told_different_things_are_refused(monkeypatch, other, words):
@@ -165,6 +166,10 @@ def test_tasks_that_do_not_know_each_other_are_refused(monkeypatch, name):
     with pytest.raises(ConfigError, match="started 4 processes, but they do not know each other"):
         launch.check_processes_know_each_other(config, alone)
     launch.check_processes_know_each_other(make_config(expect_processes=1), alone)
+    if launch.started_by_mpi() > 1:  # whom Accelerate would let wait for one another
+        with pytest.raises(ConfigError) as refused:
+            make_accelerator(make_config(expect_processes=1))
+        assert "--expect_processes" not in str(refused.value)
     launch.check_processes_know_each_other(config, SimpleNamespace(num_processes=8))
 
 

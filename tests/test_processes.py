@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,6 +162,7 @@ def test_a_parameter_that_takes_no_part_is_told_or_left_out(tmp_path):
     assert any("--find_unused_parameters" in line for line in ours(done.stderr))
     done = train_two(tmp_path, "unused", 0, "--max_steps", "4", "--find_unused_parameters")
     assert done.returncode == 0, done.stderr
+    assert "did not find any unused parameters" not in done.stderr
 
 
 def test_processes_that_know_each_other_do_not_go_through_the_interpreters_end(tmp_path):
@@ -188,6 +191,40 @@ def test_what_the_main_process_raises_the_others_raise_without_doing_its_work(mo
     other.number, other.accelerator, other.patient = 2, SimpleNamespace(is_main_process=False), None
     with pytest.raises(UserError, match="the disk is full"):
         other.from_main(lambda: pytest.fail("this is the main process's work"))
+
+
+WAITS = """
+import os, sys, time
+from types import SimpleNamespace
+import torch.distributed as dist
+from trainer import signals
+from trainer.processes import Processes
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)
+processes = Processes(SimpleNamespace(num_processes=2, is_main_process=rank == 0))
+with signals.noted():
+    print("begun", flush=True)
+    with processes.main_first():
+        time.sleep(120)
+"""
+
+
+def test_a_process_that_waits_for_the_main_one_ends_by_a_signal(tmp_path):
+    main, other = (
+        subprocess.Popen(
+            [sys.executable, "-c", WAITS, str(tmp_path / "store")],
+            cwd=ROOT, env=os.environ | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True,
+        ) for rank in (0, 1)
+    )  # fmt: skip
+    try:
+        assert all(process.stdout.readline() == "begun\n" for process in (main, other))
+        time.sleep(0.5)
+        other.send_signal(signal.SIGTERM)
+        assert other.wait(timeout=20) == -signal.SIGTERM
+    finally:
+        for process in (main, other):
+            process.kill()
+            process.communicate()
 
 
 def test_a_process_that_met_an_error_waits_for_no_thread():

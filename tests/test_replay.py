@@ -180,6 +180,10 @@ def test_one_process_computes_what_two_did(tmp_path, capsys, batch):
     assert again(tmp_path / "two", 11) == 0
     assert "metrics.jsonl: equal to the last bit" in capsys.readouterr().out
     assert again(tmp_path / "two", 11, processes=1) == 1  # as if one had computed it: other micro-batches
+    train(tmp_path, "two", *flags, "--max_steps", "14")  # one goes on: step 11 is still one of two
+    capsys.readouterr()
+    assert again(tmp_path / "two", 11, "--max_steps", "12") == 0
+    assert "the number of processes was" not in capsys.readouterr().err
 
 
 def test_what_cannot_be_replayed_is_one_block(trained, tmp_path, image_folder, monkeypatch):

@@ -261,19 +261,24 @@ def test_an_operation_that_is_not_deterministic_says_which():
 
 
 @pytest.mark.parametrize(
-    ("micro_batch", "dropout", "before", "lines"),
+    ("micro_batch", "dropout", "before", "synced", "lines"),
     [
-        (4, 0.1, 1, ["dropout: the 4 and 2 images computed at once are part of the result",
+        (4, 0.1, 1, False, ["dropout: the 4 and 2 images computed at once are part of the result",
                      "this changes here: until step 7 it was 1 process(es) x 3 x 4"]),
-        (4, 0.1, 2, ["dropout: the 4 and 2 images computed at once are part of the result"]),
-        (6, 0.1, 1, ["dropout: the 6 images computed at once are part of the result"]),
-        (4, 0.0, 1, []),
+        (4, 0.1, None, False, ["dropout: the 4 and 2 images computed at once are part of the result"]),
+        (4, 0.1, 2, False, ["dropout: the 4 and 2 images computed at once are part of the result"]),
+        (6, 0.1, 1, False, ["dropout: the 6 images computed at once are part of the result"]),
+        (6, 0.1, 1, True, ["dropout: the 12 images computed at once are part of the result",
+                           "this changes here: until step 7 it was 1 process(es) x 2 x 6"]),
+        (6, 0.1, 2, True, ["dropout: the 12 images computed at once are part of the result"]),
+        (4, 0.0, 1, False, []),
     ],
 )  # fmt: skip
-def test_another_cut_of_a_batch_is_told_where_it_changes_the_result(micro_batch, dropout, before, lines):
+def test_another_cut_of_a_batch_is_told_where_it_changes_the_result(micro_batch, dropout, before, synced, lines):
     trainer: Any = SimpleNamespace(
         plain_model=build("simple_cnn", num_classes=2, image_size=8, dropout=dropout), batch_size=12,
-        config=make_config(batch_size=12, micro_batch_size=micro_batch), processes=SimpleNamespace(number=2),
+        config=make_config(batch_size=12, micro_batch_size=micro_batch, sync_batch_norm=synced),
+        processes=SimpleNamespace(number=2),
         state=SimpleNamespace(step=7, processes=before),
     )  # fmt: skip
     assert lines_of_the_cut(trainer) == lines

@@ -275,7 +275,7 @@ class BaseTrainer(Task):
         ahead = moved_ahead(self.clock.waiting(train_loader), self.device, self.on_device)
         groups: Iterator[list[Batch]] = itertools.islice(grouped(ahead, self.batch_share), done, None)
         if self.reduce is not None and not isinstance(train_loader, PositionedLoader):
-            groups = self.processes.in_step(groups, len if self.computes_in_step else lambda batches: 1)
+            groups = self.processes.in_step(groups, self.equal_on_all)
         reports = isinstance(train_loader, ReportingLoader)  # asked once: 5 us
         for batches in groups:
             counts = [self.counted(batch) for batch in batches]
@@ -293,8 +293,13 @@ class BaseTrainer(Task):
 
     @property
     def computes_in_step(self) -> bool:
-        """Whether a forward pass waits for that of the other processes: for parts of weights, or for buffers."""
-        return self.sharded or getattr(self.model, "broadcast_buffers", False)
+        """Whether a forward pass waits for that of the other processes: for parts of weights, buffers or statistics."""
+        return self.sharded or self.config.sync_batch_norm or getattr(self.model, "broadcast_buffers", False)
+
+    def equal_on_all(self, batches: list[Batch]) -> list[int]:
+        """What the windows of all processes must have in common: their micro-batches where they compute in step; and
+        of these, if a loss needs it, the sizes."""
+        return [1] * len(batches) if self.computes_in_step else [1]
 
     def counted(self, batch: Batch) -> Any:
         """A batch that only keeps processes in step counts for nothing."""

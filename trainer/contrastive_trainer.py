@@ -14,7 +14,7 @@ from trainer.losses import Criterion, combine
 from trainer.main_trainer import MainTrainer
 from trainer.metrics import Metrics
 from trainer.retrieval import NAMES, RetrievalMetrics, names_of
-from trainer.windows import Batch, as_dict
+from trainer.windows import Batch, as_dict, samples_in
 
 
 class ContrastiveTrainer(MainTrainer):
@@ -37,6 +37,9 @@ class ContrastiveTrainer(MainTrainer):
                 f"{self.config.micro_batch_size}",
                 fix=f"--micro_batch_size {share}, more processes, or a lower --batch_size",
             )
+
+    def equal_on_all(self, batches: list[Batch]) -> list[int]:
+        return [samples_in(batch) for batch in batches]  # the loss gathers as many rows of each process
 
     def get_criterion(self) -> Criterion:
         return contrastive_loss

@@ -50,8 +50,9 @@ def settle_buckets(model: Any) -> None:
 
     DDP orders its buckets anew after its first backward. With three processes or more that changes the order in which
     gradients are added up: a resumed run's first step would have other last bits than the step that it repeats.
+    With find_unused_parameters it keeps the order, and would warn that every parameter took part.
     """
-    if not isinstance(model, DistributedDataParallel):
+    if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
         return
     module = model.module
     model.module = SumOfWeights(module)

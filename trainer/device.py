@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from configs.environment import int_of, is_on
 from configs.errors import ConfigError
 from configs.options import Config
 from trainer import launch, sharding, signals
@@ -24,7 +25,7 @@ def make_accelerator(config: Config) -> Accelerator:
     launch.check_requests()
     fsdp = sharding.asked_for()
     no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    use_cpu = no_gpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    use_cpu = no_gpu or is_on("ACCELERATE_USE_CPU")
     precision: str | None = config.mixed_precision
     if precision == "auto":
         precision = "fp16" if torch.cuda.is_available() and not use_cpu else "bf16"
@@ -56,7 +57,7 @@ def make_accelerator(config: Config) -> Accelerator:
     except ValueError as error:  # a second trainer of another precision in one process
         already = "this process has an Accelerator already" if "already been init" in str(error) else "Accelerate"
         raise ConfigError(f"{already}: {str(error).splitlines()[0]}") from None
-    started = launch.int_of("WORLD_SIZE")
+    started = int_of("WORLD_SIZE")
     if accelerator.num_processes != started:
         raise ConfigError(
             f"the launcher started {started} processes, but they do not know each other "

@@ -11,11 +11,11 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from configs.environment import OFF, int_of, is_on
 from configs.errors import ConfigError
 from configs.options import Config
 
 PLAIN = "accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes N scripts/train.py"
-OFF = ("", "0", "false", "no", "none")
 REQUESTS = [  # what launchers ask for by the environment: variable, what changes nothing, its meaning, what to do
     ("ACCELERATE_USE_DEEPSPEED", OFF, "DeepSpeed", PLAIN),
     ("ACCELERATE_USE_MEGATRON_LM", OFF, "Megatron-LM", PLAIN),
@@ -46,10 +46,6 @@ OF_A_MACHINE = {
 }  # fmt: skip  # paths, mostly
 
 
-def is_on(variable: str, off: tuple[str, ...] = OFF) -> bool:
-    return os.environ.get(variable, "").lower() not in off
-
-
 def check_environment() -> None:
     """Raises ConfigError where processes are to find one another, and nobody told them how."""
     by_mpi = started_by_mpi()
@@ -64,11 +60,6 @@ def check_environment() -> None:
         )
 
 
-def int_of(variable: str) -> int:
-    value = os.environ.get(variable, "")
-    return int(value) if value.isdecimal() else 1
-
-
 def started_by_mpi() -> int:
     return max(int_of(name) for name in MPI)
 
@@ -78,11 +69,10 @@ def started() -> int:
     return max(int_of("WORLD_SIZE"), started_by_mpi())
 
 
-def unknown_to_each_other(started: int, each_sees: int) -> ConfigError:
+def unknown_to_each_other(started: int, each_sees: int, otherwise: str = "") -> ConfigError:
     return ConfigError(
         f"srun or mpirun started {started} processes, but they do not know each other (each sees {each_sees})",
-        fix="accelerate launch on each machine, as scripts/slurm.sh does; "
-        f"--expect_processes {each_sees} where each is meant to be a run of its own",
+        fix=f"accelerate launch on each machine, as scripts/slurm.sh does{otherwise}",
     )
 
 
@@ -101,7 +91,8 @@ def check_processes_know_each_other(config: Config, accelerator: Accelerator) ->
     """srun and mpirun start the same command several times and leave it to that to find the others."""
     tasks, each_sees = max(started_by_mpi(), int_of(SRUN)), accelerator.num_processes
     if tasks > each_sees and config.expect_processes != each_sees:
-        raise unknown_to_each_other(tasks, each_sees)
+        alone = f"; --expect_processes {each_sees} where each is meant to be a run of its own"
+        raise unknown_to_each_other(tasks, each_sees, otherwise=alone)
 
 
 def check_flags(config: Config, accelerator: Accelerator) -> None:
@@ -116,9 +107,18 @@ def check_same(named: dict[str, Any], accelerator: Accelerator) -> None:
     (host, main), *others = gather_object([(socket.gethostname(), named)])
     for process, (other_host, other) in enumerate(others, 1):
         for name in main | other:
-            if main.get(name) != other.get(name):
+            one, another = main.get(name), other.get(name)
+            if one != another:
+                place, one, another = where_they_differ(one, another)
                 raise ConfigError(
-                    f"{name} is {reprlib.repr(main.get(name))} on process 0 ({host}), "
-                    f"and {reprlib.repr(other.get(name))} on process {process} ({other_host})",
+                    f"{name}{place} is {reprlib.repr(one)} on process 0 ({host}), "
+                    f"and {reprlib.repr(another)} on process {process} ({other_host})",
                     fix="the same command and the same data on every machine",
                 )
+
+
+def where_they_differ(one: Any, other: Any) -> tuple[str, Any, Any]:
+    """Of long lists the first entries that differ, and their place: all of them would not be shown."""
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
+        return next((f" [{place}]", *pair) for place, pair in enumerate(zip(one, other)) if pair[0] != pair[1])
+    return "", one, other

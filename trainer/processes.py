@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs.errors import DataError, UserError
+from trainer import signals
 
 PATIENCE = timedelta(hours=12)  # the main process may have much to decode; NCCL's own is ten minutes
 
@@ -45,9 +46,10 @@ class Processes:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The others begin with this block when the main process is through."""
+        """The others begin with this block when the main process is through; there is nothing to save yet."""
         if not self.accelerator.is_main_process:
-            self.wait()
+            with signals.as_usual():
+                self.wait()
         yield
         if self.accelerator.is_main_process:
             self.wait()
@@ -78,19 +80,15 @@ class Processes:
         dist.all_gather_object(heard, said, group=self.group)
         return heard
 
-    def in_step(self, items: Iterable[Any], told: Callable[[Any], int] = lambda item: 1) -> Iterator[Any]:
-        """Items of a loader that every process has its own of, while all have one. told: what has to be equal.
-        Raises DataError on all of them, where they would wait for one another for ever."""
+    def in_step(self, items: Iterable[Any], told: Callable[[Any], list[int]] = lambda item: [1]) -> Iterator[Any]:
+        """Items of a loader that every process has its own of, while all have one. told: the sizes of its batches that
+        have to be equal. Raises DataError on all of them, where they would wait for one another for ever."""
         remaining = iter(items)
         while True:
             item = next(remaining, None)
-            numbers = self.told_by_all(0 if item is None else told(item))
-            if len(set(numbers)) > 1:
-                has, lacks = numbers.index(max(numbers)), numbers.index(min(numbers))
-                raise DataError(
-                    f"process {has} has {max(numbers)} more batch(es) to compute, process {lacks} has {min(numbers)}",
-                    fix="give every process equally many batches, as data/loader.py does",
-                )
+            sizes = self.told_by_all([] if item is None else told(item))
+            if any(others != sizes[0] for others in sizes):
+                raise unevenly_shared(sizes)
             if item is None:
                 return
             yield item
@@ -129,3 +127,15 @@ class Processes:
         self.pending.wait()
         self.pending = None
         return self.words.tolist()
+
+
+def unevenly_shared(sizes: list[list[int]]) -> DataError:
+    """sizes: of each process's batches."""
+    numbers = [len(of_one) for of_one in sizes]
+    has, lacks = numbers.index(max(numbers)), numbers.index(min(numbers))
+    if has != lacks:
+        what = f"process {has} has {numbers[has]} more batch(es) to compute, process {lacks} has {numbers[lacks]}"
+        return DataError(what, fix="give every process equally many batches, as data/loader.py does")
+    other = next(process for process, of_one in enumerate(sizes) if of_one != sizes[0])
+    what = f"process 0 has batches of {sizes[0]} samples to compute, process {other} of {sizes[other]}"
+    return DataError(what, fix="give every process equally large batches for this loss, as data/loader.py does")

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from configs.environment import is_on
 from configs.errors import ConfigError
 from configs.options import Config
-from trainer.launch import PLAIN, is_on
+from trainer.launch import PLAIN
 
 if TYPE_CHECKING:
     from trainer.base_trainer import BaseTrainer

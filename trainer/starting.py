@@ -91,7 +91,7 @@ def load_checkpoint(trainer: BaseTrainer) -> None:
         saving.load_checkpoint(trainer, folder)
         trainer.saver.saved = trainer.state.to_json()
         if trainer.is_main:
-            if before != trainer.processes.number:
+            if before not in (None, trainer.processes.number):
                 print(f"the number of processes was {before}, now {trainer.processes.number}")
             print(f"continuing {trainer.run.path} after step {trainer.state.step} (epoch {trainer.state.epoch + 1})")
 

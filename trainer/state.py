@@ -27,7 +27,7 @@ class TrainState:
     train_samples: int | None = None  # that the order is a permutation of
     regular_step: int = 0  # of the last save that only the config decided on
     cpu_threads: int = 1
-    processes: int = 1
+    processes: int | None = None  # that computed what led here
     wandb_id: str = ""
 
     def to_json(self) -> dict[str, Any]:
