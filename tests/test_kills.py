@@ -213,7 +213,6 @@ def test_thirty_kills_and_twelve_signals_change_nothing(tmp_path, seed):
 def test_two_processes_answer_a_signal_to_either_of_them_and_outlive_no_launcher(tmp_path):
     several = [
         signalled(signal.SIGTERM, to="rank 1"),
-        signalled(signal.SIGTERM, to="launcher"),
         signalled(signal.SIGKILL, to="launcher"),
     ]
     disturb(tmp_path, TWO, several, random.Random(5), itertools.repeat("step"))

@@ -159,14 +159,15 @@ def test_a_step_in_float32_is_the_same_to_its_last_digits(folder, processes, mic
     assert len(losses) == 3 and others == pytest.approx(losses, rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("processes", "flags"),
     [
         (2, "--split 0.95 0.0017 0.0483"),
-        pytest.param(4, "--split 0.95 0.0017 0.0483", marks=pytest.mark.long),
-        pytest.param(4, "--split 0.8 0.021 0.179 --micro_batch_size 6", marks=pytest.mark.long),
-        pytest.param(2, "--streaming --split 0.8 0.021 0.179 --micro_batch_size 6", marks=pytest.mark.long),
-        pytest.param(4, "--streaming --split 0.95 0.0017 0.0483", marks=pytest.mark.long),
+        (4, "--split 0.95 0.0017 0.0483"),
+        (4, "--split 0.8 0.021 0.179 --micro_batch_size 6"),
+        (2, "--streaming --split 0.8 0.021 0.179 --micro_batch_size 6"),
+        (4, "--streaming --split 0.95 0.0017 0.0483"),
     ],
 )
 def test_an_evaluation_counts_each_sample_once(folder, processes, flags):
