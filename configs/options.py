@@ -68,7 +68,7 @@ class DataOptions:
     mix_off_epoch: int | None = None
     """From this epoch on (counted from 0) MixUp and CutMix are off."""
     num_workers: int | None = None
-    """Loader processes; default: 0 for data in memory, else the cores less one, at most 8. Changes no pixel."""
+    """Loader processes; default: 0 for data in memory, else a share of the cores less 1, up to 8. Changes no pixel."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from configs.environment import cores
 from configs.errors import DataError
 from data.decode import crop_resized, decode
 from data.geometry import SMALL, Box, Plan, whole
@@ -107,6 +108,5 @@ def forecast(source: Source, plan: Plan) -> tuple[int, int]:
             picture = source.read(place)
             pixel_bytes.append(resized(picture, source, place, plan).numel())
             picture_bytes.append(len(picture) if isinstance(picture, bytes) else picture.numel())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     mean_bytes = sum(pixel_bytes) / max(1, len(pixel_bytes) - 1)
-    return int(count * mean_bytes), 1 if np.median(picture_bytes) < LIGHT_BYTES else cores
+    return int(count * mean_bytes), 1 if np.median(picture_bytes) < LIGHT_BYTES else cores()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from configs.environment import is_on
+from configs.environment import cores, int_of, is_on
 from configs.errors import ConfigError, DataError
 from configs.options import Config
 from data.balance import rare_classes, repeats
@@ -287,4 +287,4 @@ def workers(config: Config, split: Split) -> int:
     """Loader processes: none for data in memory, where starting them costs more than they save."""
     if config.num_workers is not None:
         return config.num_workers
-    return 0 if split.source.in_memory else max(1, min(8, (os.cpu_count() or 2) - 1))
+    return 0 if split.source.in_memory else max(1, min(8, cores() // int_of("LOCAL_WORLD_SIZE") - 1))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train under Slurm. Submit from the project's root; flags of sbatch stand before the script, those of train.py after:
 #
-#   sbatch --gpus-per-node=4 --time=8:00:00 scripts/slurm.sh --experiment_name NAME [--flag VALUE ...]
+#   sbatch --gpus-per-node=4 --cpus-per-task=32 --time=8:00:00 scripts/slurm.sh --experiment_name NAME [--flag ...]
 #
 # Two minutes before the time is over Slurm sends USR1 to this script. The run saves and stops, and the job is queued
 # again under its id; the same command continues the run. A run that is done or has failed is not queued again, nor is

@@ -7,6 +7,7 @@ import os
 # Tests run side by side, and each would wait for its threads by spinning on cores that the other needs: two runs at
 # once took 52 s, and take 8 s with this. Read when torch is loaded, here and in the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, for the tests that are --deterministic
 
 import json
 import signal

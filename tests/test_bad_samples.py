@@ -24,6 +24,7 @@ from data.sources import Source, TensorSource
 from data.split import Split
 from tests.conftest import ROOT, lines_of, run_script
 from tests.tiny import tiny_batches, tiny_trainer
+from trainer import base_trainer
 from trainer.bad_samples import BadSamples
 from trainer.run_folder import RunFolder
 
@@ -280,6 +281,23 @@ def test_bad_samples_between_log_lines_and_of_validation_are_written_with_their_
     val.set_position(0, 0)
     tiny_trainer(tmp_path, train, val, experiment_name="run", batch_size=6, log_every=100).train()
     assert written(tmp_path) == [("train", 2, 7), ("val", 4, 7)]
+
+
+def test_a_bad_sample_is_that_of_its_step_though_batches_are_fetched_ahead(tmp_path, monkeypatch):
+    """As with CUDA, where one travels to the device while another is computed on."""
+
+    def fetched_ahead(items, device, move):
+        moved = map(move, items)
+        waiting = next(moved)
+        for batch in moved:
+            yield waiting
+            waiting = batch
+        yield waiting
+
+    monkeypatch.setattr(base_trainer, "moved_ahead", fetched_ahead)
+    train = Reporting(tiny_batches([6] * 4), 2, 7)
+    tiny_trainer(tmp_path, train, experiment_name="run", batch_size=6, log_every=100, monitor="loss").train()
+    assert written(tmp_path) == [("train", 3, 7)]
 
 
 def test_a_bad_sample_of_a_step_that_is_done_again_is_written_again(tmp_path):

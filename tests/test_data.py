@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -21,11 +23,12 @@ from data.decode import decode
 from data.embedded import load_digits
 from data.geometry import Box, Geometry, centre, random_box
 from data.labels import ClassLabels
-from data.loader import eval_loader, train_loader
+from data.loader import eval_loader, train_loader, workers
 from data.order import Draw, Rows, mix_ids
 from data.sources import ArrowSource, bytes_of_cell
 from data.stream import encoded
 from data.transforms import Transform
+from trainer.device import default_threads
 
 
 def test_the_embedded_digits_are_those_of_scikit_learn():
@@ -77,6 +80,15 @@ def test_batches_lie_ready_for_a_gpu_unless_the_launcher_says_cpu(monkeypatch, s
     monkeypatch.setenv("ACCELERATE_USE_CPU", said)
     config = make_config()
     assert train_loader(config, load_data(config)).loader.pin_memory == (said != "true")
+
+
+def test_threads_and_loader_processes_share_the_cores_that_a_job_was_given(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
+    split = SimpleNamespace(source=SimpleNamespace(in_memory=False))
+    assert (default_threads(1), workers(make_config(), split)) == (6, 5)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert (default_threads(2), workers(make_config(), split)) == (3, 2)
+    assert workers(make_config(num_workers=7), split) == 7
 
 
 def test_augmentation_leaves_the_generator_of_dropout_alone():

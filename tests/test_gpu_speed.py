@@ -151,6 +151,6 @@ def test_the_log_tells_memory_and_utilization(tmp_path, monkeypatch):
     assert session.run(config) == 0
     (line,) = lines_of(tmp_path / "x", "speed")
     assert 0 < line["peak_memory_bytes"] < torch.cuda.mem_get_info()[1]
-    data, _ = build_data(config)
+    _, data, _ = build_data(config)
     flops = cost(build_model(config, data), data.info.channels, data.image_size, 32).flops
     assert line["mfu"] == pytest.approx(3 * flops * line["samples_per_second"] / 1e12, rel=1e-6)

@@ -191,19 +191,34 @@ def test_running_statistics_are_put_back(tmp_path, policy, micro):
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_told_by_a_tensor_the_optimizers_do_the_same(tmp_path, optimizer):
     """What happens on a GPU: the host looks at log lines alone."""
-    options = {"nonfinite": "skip", "optimizer": optimizer, "lr": 0.01, "momentum": 0.9, "log_every": 10}
-    looked = trainer_of(tmp_path, experiment_name="looked", **options)
-    looked.train()
-    told = trainer_of(tmp_path, experiment_name="told", **options)
-    told.nonfinite.looks_at_once = False
-    told.train()
+    options = PLAIN | {"optimizer": optimizer, "lr": 0.01, "momentum": 0.9, "log_every": 10, "scheduler": "cosine"}
+    options |= {"save_every_steps": 10}
+
+    def spoilt(name: str, policy: str, *, at_once: bool) -> MainTrainer:
+        batches = batches_with(math.nan)
+        batches[BAD_STEP + 1][0][0] = math.nan
+        trainer = tiny_trainer(tmp_path, batches, experiment_name=name, nonfinite=policy, **options)
+        trainer.nonfinite.looks_at_once = at_once
+        return trainer
+
+    looked, told = spoilt("looked", "skip", at_once=True), spoilt("told", "skip", at_once=False)
+    for trainer in (looked, told):
+        trainer.train()
     torch.testing.assert_close(weights(told), weights(looked), rtol=0, atol=1e-6)
+    assert len(lines_of(told.run.path, "nonfinite")) == 2
     assert lines_of(told.run.path, "nonfinite") == lines_of(looked.run.path, "nonfinite")
-    stopped = trainer_of(tmp_path, experiment_name="stopped", **(options | {"nonfinite": "stop"}))
-    stopped.nonfinite.looks_at_once = False
+    capsules, same = (
+        {file.name: json.loads(file.read_text()) for file in (trainer.run.path / "nonfinite").iterdir()}
+        for trainer in (told, looked)
+    )
+    assert len(capsules) == 2 and capsules == same
+    rates = [capsule["lr"] for capsule in capsules.values()]
+    assert rates[0] != rates[1]
+    stopped = spoilt("stopped", "stop", at_once=False)
     with pytest.raises(Diverged, match=f"loss is nan at step {BAD_STEP} "):
         stopped.train()
     assert weights(stopped).isfinite().all()
+    assert len([*(stopped.run.path / "nonfinite").iterdir()]) == 1
 
 
 def test_averages_of_running_statistics_take_in_no_bad_batch(tmp_path):

@@ -14,7 +14,7 @@ from torch import nn
 from configs.errors import ConfigError, Diverged, UserError
 from tests.conftest import ROOT, lines_of
 from tests.tiny import TinyNet, distance, tiny_batches, tiny_trainer, weights
-from trainer import checkpoint
+from trainer import checkpoint, reporting
 from trainer.main_trainer import MainTrainer
 
 
@@ -36,6 +36,21 @@ def test_four_micro_batches_equal_one_batch(tmp_path, options):
     assert distance(weights(parts), weights(whole)) < 1e-6
     assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-6)
     assert results[1]["accuracy"] == results[0]["accuracy"]
+
+
+def test_the_end_of_another_process_is_written_down_without_asking_the_device(tmp_path, monkeypatch):
+    """It may be waiting for that process, for ever."""
+
+    class Orphan(MainTrainer):
+        def forward_pass(self, batch):
+            raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+
+    monkeypatch.setattr(reporting, "where_it_is", lambda trainer: pytest.fail("it asks the device for sample ids"))
+    trainer = tiny_trainer(tmp_path, tiny_batches([4]), trainer=Orphan, batch_size=4, experiment_name="x")
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        trainer.train()
+    status = json.loads((tmp_path / "x" / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("failed", "another process has ended")
 
 
 def test_gradients_meet_in_the_last_micro_batch_alone(tmp_path, monkeypatch):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from configs.errors import DataError
 from trainer.run_folder import RunFolder
+from trainer.windows import Batch, as_dict
 
+KEY = "bad_samples"  # of a batch
 Line = dict[str, Any]
 SEEN_AT_LEAST = 1000  # samples that a share is taken of where a stream does not tell its size
 SHOWN = 10
@@ -20,6 +22,22 @@ class ReportingLoader(Protocol):
 
     bad: list[Any]
     size: int | None
+
+
+def taken_from(loader: ReportingLoader) -> list[Any]:
+    bad, loader.bad[:] = [*loader.bad], []
+    return bad
+
+
+def with_bad_samples(loader: ReportingLoader, batches: Iterable[Any]) -> Iterator[Batch]:
+    """Its batches, each with what it met on the way to it: one is fetched while the one before is computed on."""
+    for batch in batches:
+        yield as_dict(batch) | {KEY: taken_from(loader)}
+
+
+def bad_samples_of(batches: list[Batch]) -> list[Any]:
+    """What came with these batches, which have it no longer."""
+    return [one for batch in batches for one in batch.pop(KEY, ())]
 
 
 class BadSamples:
@@ -40,11 +58,13 @@ class BadSamples:
 
     def collect(self, split: str, loader: Any, step: int) -> None:
         """Take what a loader has met since it was last asked."""
-        if not isinstance(loader, ReportingLoader):
-            return
-        self.sizes[split] = loader.size
-        while loader.bad:
-            place, source, reason = loader.bad.pop(0)
+        if isinstance(loader, ReportingLoader):
+            self.note(split, loader.size, taken_from(loader), step)
+
+    def note(self, split: str, size: int | None, bad: list[Any], step: int) -> None:
+        """Keep these (id, source, reason) until they are shared, unless they are known."""
+        self.sizes[split] = size
+        for place, source, reason in bad:
             if (split, place) not in self.lines:
                 self.met.append({"split": split, "step": step, "id": place, "source": source, "reason": reason})
 

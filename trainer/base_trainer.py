@@ -23,7 +23,7 @@ from configs.options import Config
 from data.batch_sizes import BatchSizes, check_shares
 from data.order import Use, mix, seed_device
 from trainer import freezing, reporting, run_folder, saving, sharding, signals, starting, swa
-from trainer.bad_samples import BadSamples, ReportingLoader
+from trainer.bad_samples import BadSamples, ReportingLoader, bad_samples_of, with_bad_samples
 from trainer.batch_statistics import BatchStatistics
 from trainer.ddp import ddp_options, settle_buckets, with_synced_norms
 from trainer.device import make_accelerator, moved_ahead, set_algorithms
@@ -148,12 +148,13 @@ class BaseTrainer(Task):
             patience = STOPPED_SECONDS if result["reason"] in signals.REASONS else FINISH_SECONDS
             return result
         except BaseException as error:
-            if not isinstance(error, UserError):
-                error.add_note(reporting.where_it_is(self))
             state = "diverged" if isinstance(error, Diverged) else "failed"
-            reason = "another process has ended" if is_of_another_process(error) else str(error)[:1000]
+            of_another = is_of_another_process(error)
+            reason = "another process has ended" if of_another else str(error)[:1000]
             with suppress(UserError):  # a full disk must not hide what is being told
                 self.run.status(state, **reporting.standing(self), reason=reason or type(error).__name__)
+            if not (of_another or isinstance(error, UserError)):  # a device that waits for another would not answer
+                error.add_note(reporting.where_it_is(self))
             raise
         finally:
             self.saver.close()
@@ -272,16 +273,18 @@ class BaseTrainer(Task):
         if isinstance(train_loader, PositionedLoader):
             train_loader.set_position(self.state.epoch, done)
             done = 0
-        ahead = moved_ahead(self.clock.waiting(train_loader), self.device, self.on_device)
+        loaded: Iterable[Any] = self.clock.waiting(train_loader)
+        size = None
+        if isinstance(train_loader, ReportingLoader):
+            loaded, size = with_bad_samples(train_loader, loaded), train_loader.size
+        ahead = moved_ahead(loaded, self.device, self.on_device)
         groups: Iterator[list[Batch]] = itertools.islice(grouped(ahead, self.batch_share), done, None)
         if self.reduce is not None and not isinstance(train_loader, PositionedLoader):
             groups = self.processes.in_step(groups, self.equal_on_all)
-        reports = isinstance(train_loader, ReportingLoader)  # asked once: 5 us
         for batches in groups:
+            self.bad_samples.note("train", size, bad_samples_of(batches), self.state.step + 1)
             counts = [self.counted(batch) for batch in batches]
             self.clock.samples += sum(map(samples_in, batches)) * self.processes.number
-            if reports:
-                self.bad_samples.collect("train", train_loader, self.state.step + 1)
             yield Window(batches, counts, self.window_total(counts, train_loader))
             self.window = NO_WINDOW
         self.exhausted = True

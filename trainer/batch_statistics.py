@@ -34,7 +34,8 @@ class BatchStatistics:
     def begin_step(self, window: Window) -> None:
         self.merges = bool(self.running) and (len(window.batches) > 1 or self.reduce is not None)
         if self.merges:  # buffers need no gradient
-            self.before = [[t.clone() for t in tensors] for tensors in (self.running, self.counters)]
+            if len(window.batches) > 1:
+                self.before = [[t.clone() for t in tensors] for tensors in (self.running, self.counters)]
             self.sums = self.nothing()
 
     def after_micro_batch(self, window: Window) -> None:

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.environment import int_of, is_on
+from configs.environment import cores, int_of, is_on
 from configs.errors import ConfigError
 from configs.options import Config
 from trainer import launch, sharding, signals
@@ -89,8 +89,8 @@ def set_algorithms(config: Config) -> None:
 
 
 def default_threads(processes_here: int) -> int:
-    """The cores of this machine, shared out over its processes."""
-    return max(1, (os.cpu_count() or 1) // max(1, processes_here))
+    """The cores that there are, shared out over the processes of this machine."""
+    return max(1, cores() // max(1, processes_here))
 
 
 def moved_ahead(

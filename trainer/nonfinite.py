@@ -32,7 +32,7 @@ class NonFinite:
         self.trainer = trainer
         fused = all(optimizer.defaults.get("fused") for optimizer in trainer.optimizers)
         self.looks_at_once = trainer.scaler is None and (trainer.device.type != "cuda" or not fused)
-        self.bad = torch.zeros(2, dtype=torch.int64, device=trainer.device)  # first bad step, how many
+        self.pending: list[tuple[int, float, Tensor]] = []  # steps, their learning rates, whether they were bad
         saved = trainer.plain_model.state_dict(keep_vars=True).items()  # others, as the pixels' mean, do not change
         named = {name: t for name, t in saved if t.is_floating_point() and not isinstance(t, Parameter)}
         averages = trainer.ema.average if trainer.ema is not None else {}
@@ -71,7 +71,7 @@ class NonFinite:
         if self.looks_at_once:
             if math.isfinite(norm.item()) and self.losses_are_finite:
                 return True
-            self.bad = torch.tensor([step, 1])
+            self.pending.append((step, self.trainer.lr, torch.tensor(True)))
             self.trainer.grad_norm = norm * math.nan  # several processes have no other
             return False
         if self.trainer.scaler is None:
@@ -79,7 +79,7 @@ class NonFinite:
         else:  # it lowers its scale until gradients are finite; a loss that is not is no matter of scale
             reduce = self.trainer.reduce
             bad = self.bad_loss if reduce is None else reduce(self.bad_loss.float()) > 0
-        self.bad = torch.stack([torch.where(bad & (self.bad[0] == 0), step, self.bad[0]), self.bad[1] + bad])
+        self.pending.append((step, self.trainer.lr, bad))
         if self.trainer.scaler is None:
             for optimizer in self.trainer.optimizers:
                 optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
@@ -87,25 +87,31 @@ class NonFinite:
 
     def settle(self) -> None:
         """Answer what was not finite since the last call. Raises Diverged where the run has to stop."""
-        first, count = self.bad.tolist()
-        if not count:
+        pending, self.pending = self.pending, []
+        were_bad = torch.stack([bad for *_, bad in pending]).tolist() if pending else []
+        rates = {step: lr for (step, lr, _), was_bad in zip(pending, were_bad) if was_bad}
+        if not rates:
             if not self.looks_at_once:
                 self.remember_buffers()
             return
-        trainer, config = self.trainer, self.trainer.config
-        self.bad = torch.zeros_like(self.bad)
         if self.buffers:
             with torch.no_grad():
                 torch._foreach_copy_(self.buffers, self.good_buffers)
-        what = self.describe(first)
-        self.write_capsule(first, what)
-        trainer.state.nonfinite_steps += count
+        for steps in [[step] for step in rates] if self.trainer.config.nonfinite == "skip" else [[*rates]]:
+            self.answer(steps, rates[steps[0]])
+
+    def answer(self, steps: list[int], lr: float) -> None:
+        """What is done about these steps; lr: of the first, which is the one that is told."""
+        trainer, config, first = self.trainer, self.trainer.config, steps[0]
+        what = self.describe(first, lr)
+        self.write_capsule(first, lr, what)
+        trainer.state.nonfinite_steps += len(steps)
         so_far = trainer.state.nonfinite_steps
         if config.nonfinite == "stop":
             raise Diverged(what, fix=CURE)
         if so_far > config.max_nonfinite:
             raise Diverged(f"{what}, as {so_far - 1} steps before; --max_nonfinite is {config.max_nonfinite}", fix=CURE)
-        place = {"step": first, "epoch": trainer.state.epoch, "count": count, "policy": config.nonfinite}
+        place = {"step": first, "epoch": trainer.state.epoch, "count": len(steps), "policy": config.nonfinite}
         if config.nonfinite == "rollback":
             place["weights_of"] = trainer.roll_back()
         trainer.run.log("nonfinite", place)
@@ -113,7 +119,7 @@ class NonFinite:
             then = f"weights of step {place['weights_of']}" if "weights_of" in place else "no update"
             print(f"{what}: {then} ({so_far} of at most {config.max_nonfinite})", flush=True)
 
-    def describe(self, step: int) -> str:
+    def describe(self, step: int, lr: float) -> str:
         """What was not finite, with the learning rate and the first sample ids."""
         ids = self.draw(step)["ids"]
         shown = ", ".join(map(str, ids[:IDS_SHOWN])) + (", ..." if len(ids) > IDS_SHOWN else "")
@@ -121,16 +127,16 @@ class NonFinite:
         named = [(name, value) for name, values in self.losses(step).items() for value in values]
         bad = [f"{name} is {value}" for name, value in named if not math.isfinite(value)]
         what = bad[0] if bad else "the norm of the gradient is not finite"
-        return f"{what} at step {step} (lr {self.trainer.lr:g}{samples})"
+        return f"{what} at step {step} (lr {lr:g}{samples})"
 
-    def write_capsule(self, step: int, what: str) -> None:
+    def write_capsule(self, step: int, lr: float, what: str) -> None:
         """All that names the step: `scripts/replay.py RUN --step N` computes it again."""
         trainer = self.trainer
         capsule = {
             "step": step,
             "epoch": trainer.state.epoch,
             "what": what,
-            "lr": trainer.lr,
+            "lr": lr,
             "losses": {name: list(map(repr, values)) for name, values in self.losses(step).items()},
             **self.draw(step),
         }

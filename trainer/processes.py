@@ -44,15 +44,21 @@ class Processes:
         if self.patient is not None:
             dist.barrier(self.patient)
 
+    def wait_at_once(self) -> None:
+        """Until all are here; a signal ends the process, since nothing is to be saved yet."""
+        with signals.as_usual():
+            self.wait()
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The others begin with this block when the main process is through; there is nothing to save yet."""
-        if not self.accelerator.is_main_process:
-            with signals.as_usual():
-                self.wait()
-        yield
+        """The others begin with this block when the main process is through, and all leave it together."""
         if self.accelerator.is_main_process:
-            self.wait()
+            yield
+            self.wait_at_once()
+        else:
+            self.wait_at_once()
+            yield
+        self.wait_at_once()
 
     def from_main(self, work: Callable[[], Any]) -> Any:
         """What the main process's work returns; its error is raised on all, so that none waits for ever."""
@@ -103,8 +109,13 @@ class Processes:
         return torch.cat([part[:count] for part, count in zip(parts, counts)])
 
     def gather_lines(self, lines: list[Any]) -> list[Any]:
-        """Those of all processes; as a rule there are none, and one number is all that is exchanged."""
-        if self.reduce is None or not self.reduce(torch.tensor(len(lines), device=self.accelerator.device)):
+        """Those of all processes; as a rule there are none, and one number is all that is exchanged. A process may come
+        late from writing a checkpoint."""
+        if self.patient is None:
+            return lines
+        number = torch.tensor(len(lines))
+        dist.all_reduce(number, group=self.patient)
+        if not number:
             return lines
         return [line for lines in self.told_by_all(lines) for line in lines]
 
