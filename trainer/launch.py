@@ -120,5 +120,6 @@ def check_same(named: dict[str, Any], accelerator: Accelerator) -> None:
 def where_they_differ(one: Any, other: Any) -> tuple[str, Any, Any]:
     """Of long lists the first entries that differ, and their place: all of them would not be shown."""
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
-        return next((f" [{place}]", *pair) for place, pair in enumerate(zip(one, other)) if pair[0] != pair[1])
+        pairs = ((f" [{place}]", *pair) for place, pair in enumerate(zip(one, other)) if pair[0] != pair[1])
+        return next(pairs, ("", one, other))
     return "", one, other
