@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from configs.environment import int_of
 from configs.errors import ConfigError, Diverged, UserError
 from configs.options import Config
 from scripts.columns import wrapped
@@ -46,7 +46,7 @@ class Written:
 
 def replay(run: Path, number: int, config: Config, processes: int | None = None) -> int:
     """Show the step, and how it compares with what was written; exit code 0 where nothing differs."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int_of("WORLD_SIZE") > 1:
         raise ConfigError("a replay is one process", fix="start it with python, without a launcher")
     run = run.resolve()
     written = read(run, number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 from configs.errors import DataError
@@ -29,17 +29,6 @@ def taken_from(loader: ReportingLoader) -> list[Any]:
     return bad
 
 
-def with_bad_samples(loader: ReportingLoader, batches: Iterable[Any]) -> Iterator[Batch]:
-    """Its batches, each with what it met on the way to it: one is fetched while the one before is computed on."""
-    for batch in batches:
-        yield as_dict(batch) | {KEY: taken_from(loader)}
-
-
-def bad_samples_of(batches: list[Batch]) -> list[Any]:
-    """What came with these batches, which have it no longer."""
-    return [one for batch in batches for one in batch.pop(KEY, ())]
-
-
 class BadSamples:
     """What this process met, until `share` tells the others and the run folder."""
 
@@ -56,14 +45,26 @@ class BadSamples:
             line = json.loads(text)
             self.lines[line["split"], line["id"]] = line
 
-    def collect(self, split: str, loader: Any, step: int) -> None:
-        """Take what a loader has met since it was last asked."""
-        if isinstance(loader, ReportingLoader):
-            self.note(split, loader.size, taken_from(loader), step)
+    def attached(self, loader: Any, batches: Iterable[Any]) -> Iterable[Any]:
+        """The loader's training batches, each with what it met on the way to it, for `detach`: with CUDA one is fetched
+        while the one before is computed on."""
+        if not isinstance(loader, ReportingLoader):
+            return batches
+        self.sizes["train"] = loader.size
+        return (as_dict(batch) | {KEY: taken_from(loader)} for batch in batches)
 
-    def note(self, split: str, size: int | None, bad: list[Any], step: int) -> None:
+    def detach(self, batches: list[Batch], step: int) -> None:
+        """Note what came with the batches of a step."""
+        self.note("train", [one for batch in batches for one in batch.pop(KEY, ())], step)
+
+    def collect(self, split: str, loader: Any, step: int) -> None:
+        """Note what a loader has met since it was last asked."""
+        if isinstance(loader, ReportingLoader):
+            self.sizes[split] = loader.size
+            self.note(split, taken_from(loader), step)
+
+    def note(self, split: str, bad: list[Any], step: int) -> None:
         """Keep these (id, source, reason) until they are shared, unless they are known."""
-        self.sizes[split] = size
         for place, source, reason in bad:
             if (split, place) not in self.lines:
                 self.met.append({"split": split, "step": step, "id": place, "source": source, "reason": reason})

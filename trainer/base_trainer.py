@@ -23,7 +23,7 @@ from configs.options import Config
 from data.batch_sizes import BatchSizes, check_shares
 from data.order import Use, mix, seed_device
 from trainer import freezing, reporting, run_folder, saving, sharding, signals, starting, swa
-from trainer.bad_samples import BadSamples, ReportingLoader, bad_samples_of, with_bad_samples
+from trainer.bad_samples import BadSamples, ReportingLoader
 from trainer.batch_statistics import BatchStatistics
 from trainer.ddp import ddp_options, settle_buckets, with_synced_norms
 from trainer.device import make_accelerator, moved_ahead, set_algorithms
@@ -273,16 +273,13 @@ class BaseTrainer(Task):
         if isinstance(train_loader, PositionedLoader):
             train_loader.set_position(self.state.epoch, done)
             done = 0
-        loaded: Iterable[Any] = self.clock.waiting(train_loader)
-        size = None
-        if isinstance(train_loader, ReportingLoader):
-            loaded, size = with_bad_samples(train_loader, loaded), train_loader.size
+        loaded = self.bad_samples.attached(train_loader, self.clock.waiting(train_loader))
         ahead = moved_ahead(loaded, self.device, self.on_device)
         groups: Iterator[list[Batch]] = itertools.islice(grouped(ahead, self.batch_share), done, None)
         if self.reduce is not None and not isinstance(train_loader, PositionedLoader):
             groups = self.processes.in_step(groups, self.equal_on_all)
         for batches in groups:
-            self.bad_samples.note("train", size, bad_samples_of(batches), self.state.step + 1)
+            self.bad_samples.detach(batches, self.state.step + 1)
             counts = [self.counted(batch) for batch in batches]
             self.clock.samples += sum(map(samples_in, batches)) * self.processes.number
             yield Window(batches, counts, self.window_total(counts, train_loader))
